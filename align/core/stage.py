@@ -1,0 +1,121 @@
+"""What a stage is: a plain function from datasets and models to a dataset or a model, its contract beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from align.core.engines.base import Engine
+from align.core.records import Kind, Row
+from align.core.store import ModelRef, Table
+
+
+class StageConfig(BaseModel):
+    """Settings of a stage: unknown keys refused, frozen, every field with `Field(description=...)` (the help text).
+
+    Strict: a float for an integer, or a string for a number, is an error and not rounded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One input of a stage.
+
+    Attributes:
+        kind: what it must be. A tuple where several kinds will do; None where any dataset will (`verify`).
+        help: one line for `--help`.
+        optional: whether the stage runs without it.
+        columns: columns that the stage reads beyond those of the kind.
+    """
+
+    kind: Kind | tuple[Kind, ...] | None
+    help: str
+    optional: bool = False
+    columns: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """How a stage tells a person where it is; never part of a result."""
+
+    def start(self, total: int | None, unit: str) -> None:
+        """Begins a count (again) towards `total` things; None where the total is unknown."""
+        ...
+
+    def advance(self, by: int = 1, **figures: float | int | str) -> None:
+        """Counts on; `figures` stand beside the count (loss=0.31, passed=120)."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Prints one line that stays."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a stage works with besides its inputs.
+
+    Attributes:
+        seed: this step's own seed (from the recipe's seed and the step's name).
+        engines: engine by role, each behind the step's completion cache; built at first use.
+        progress: see `Progress`.
+        work: a folder that survives a kill of this step and is removed when it is done (checkpoints).
+        out: the step's own folder; a model goes to `out / "model"`, curves to `out / "metrics.jsonl"`.
+        speed: settings that change how fast but not what: device, precision, micro batch size, ...
+    """
+
+    seed: int
+    engines: Mapping[str, Engine]
+    progress: Progress
+    work: Path
+    out: Path
+    speed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage gives: rows (streamed; the pipeline writes them as they come), or a model in `tools.out / "model"`.
+
+    Attributes:
+        rows: for a stage that gives a dataset. Each row holds the kind's columns; more columns may follow.
+        summary: figures for the manifest, the report and the final table; may still be filled while rows stream.
+            A stage that evaluates puts its table under "scores" (see align/evaluate).
+    """
+
+    rows: Iterable[Row] | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage and its contract.
+
+    Attributes:
+        name: the verb on the command line.
+        summary: one line for `align --help`.
+        config: the settings' class.
+        needs: inputs by name, in the order of the help.
+        gives: the kind of its result.
+        run: `run(config, inputs, tools)`; inputs hold a `Table` for datasets and a `ModelRef` for models.
+            It never reads the environment or the command line, and writes only below `tools.out` and `tools.work`.
+        engines: the roles it samples from, with a line of help each.
+        adds: columns that it adds to those that come in or that the kind has.
+        version: raised when the same settings would now give other rows.
+        trains: whether it may run in several processes (accelerate); every process calls `run`.
+    """
+
+    name: str
+    summary: str
+    config: type[StageConfig]
+    needs: Mapping[str, Need]
+    gives: Kind
+    run: Callable[[Any, Mapping[str, Table | ModelRef], Tools], Result]
+    engines: Mapping[str, str] = field(default_factory=dict)
+    adds: tuple[str, ...] = ()
+    version: int = 1
+    trains: bool = False
