@@ -1,13 +1,26 @@
-"""Datasets and models on disk: reading what users have, writing what a step made, fingerprints and manifests."""
+"""Datasets and models on disk: what a stage is handed. Rows are read by `Table`, models are named by `ModelRef`.
+
+Beside it: `writer` writes datasets, `sources` reads what users have, `manifest` records what a step did, `lineage`
+traces a row back, `fingerprint` hashes content.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.core.errors import DataError, ModelError
+from align.core.fingerprint import content_fingerprint
 from align.core.records import Kind, Row
+
+TINY = Path(__file__).resolve().parents[1] / "tiny" / "base"
+"""The checkpoint that the package carries, named by the model id `tiny`."""
+
+_HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w][\w.-]*(?:@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -19,37 +32,209 @@ class ModelRef:
         kind: MODEL or REWARD_MODEL.
         name: how people know it: the step that made it, or the id.
         fingerprint: of its content (a local folder's bytes; a Hub id with its revision).
+        revision: of a Hub id, where one was given (`id@revision`).
     """
 
     path: str
     kind: Kind
     name: str
     fingerprint: str
+    revision: str | None = None
+
+    @staticmethod
+    def open(spec: str | Path, kind: Kind, name: str | None = None) -> ModelRef:
+        """Finds a model and checks what can be seen of it without loading it.
+
+        Args:
+            spec: a model's folder or a step's folder, `tiny` (the checkpoint of the package), or a Hub id, with
+                `@revision` to pin it. A LoRA adapter's folder is a model.
+            kind: what it is wanted as.
+            name: how people know it; else the folder's name (the step's name for a step's `model` folder) or the id.
+
+        Raises:
+            ModelError: there is no such model, it is of the other kind, or files are missing or broken.
+        """
+        text = str(spec)
+        folder = TINY if text == "tiny" else Path(text).expanduser()
+        if folder.is_dir():
+            folder = folder / "model" if (folder / "model").is_dir() and not _is_model(folder) else folder
+            found = _kind_of_folder(folder)
+            if found is not kind:
+                raise ModelError(f"{text}: is a {_SPOKEN[found]}, a {_SPOKEN[kind]} was expected")
+            default = text if text == "tiny" else folder.parent.name if folder.name == "model" else folder.name
+            return ModelRef(str(folder), kind, name or default, content_fingerprint(folder))
+        if text == "tiny":
+            raise ModelError(
+                f"tiny: the checkpoint that the package carries is missing from {TINY}; reinstall the package"
+            )
+        if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+            raise ModelError(f"{text}: no such model folder, and it is no Hub id (owner/name, or owner/name@revision)")
+        path, _, revision = text.partition("@")
+        return ModelRef(path, kind, name or text, f"{path}@{revision or 'main'}", revision or None)
+
+
+_SPOKEN = {Kind.MODEL: "policy", Kind.REWARD_MODEL: "reward model"}
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+
+
+def _kind_of_folder(folder: Path) -> Kind:
+    """What a folder holds by its own files; see `ModelRef.open` for the errors."""
+    if not _is_model(folder):
+        names = sorted(p.name for p in folder.iterdir())[:8]
+        raise ModelError(
+            f"{folder}: is no model: it has neither config.json nor adapter_config.json "
+            f"(it holds {', '.join(names) or 'nothing'}); give the folder that save_pretrained wrote"
+        )
+    adapter = (folder / "adapter_config.json").is_file()
+    config = _read_json(folder / ("adapter_config.json" if adapter else "config.json"))
+    _check_weights(folder)
+    classifies = any("SequenceClassification" in str(a) for a in config.get("architectures") or [])
+    if (folder / "reward_model.json").is_file() or classifies or config.get("task_type") == "SEQ_CLS":
+        return Kind.REWARD_MODEL
+    return Kind.MODEL
+
+
+def _check_weights(folder: Path) -> None:
+    indexes = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    for index in indexes:
+        missing = sorted({f for f in _read_json(index).get("weight_map", {}).values() if not (folder / f).is_file()})
+        if missing:
+            raise ModelError(f"{folder}: {index.name} names {', '.join(missing)}, missing here; copy the model again")
+    if not indexes and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise ModelError(f"{folder}: has no weights (*.safetensors or *.bin); was the model saved to the end?")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{path}: can't be read as JSON ({problem}); copy or save the model again") from problem
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds {type(found).__name__}, an object was expected")
+    return found
 
 
 class Table:
-    """Rows on disk, read when asked for: one or more parquet datasets one after the other, memory-mapped."""
+    """Rows on disk, read when asked for: one or more parquet files one after the other.
 
-    name: str
-    fingerprint: str
+    Attributes:
+        files: the parquet files, in order.
+        name: how people know it.
+        fingerprint: of its content.
+        licenses: the licence of each source that the rows go back to, where known.
+    """
 
-    def __init__(self, files: Sequence[Path], name: str, fingerprint: str) -> None:
+    def __init__(
+        self, files: Sequence[Path], name: str, fingerprint: str, licenses: Mapping[str, str] | None = None
+    ) -> None:
         self.files = list(files)
         self.name = name
         self.fingerprint = fingerprint
+        self.licenses = dict(licenses or {})
+        self._length: int | None = None
+
+    @staticmethod
+    def open(*folders: Path, name: str | None = None) -> Table:
+        """The rows of one or several folders that `DatasetWriter` wrote, one after the other.
+
+        Raises:
+            DataError: a folder has no data, or a file can't be read.
+        """
+        from align.core.card import read_licenses
+
+        files: list[Path] = []
+        licenses: dict[str, str] = {}
+        for folder in folders:
+            found = sorted((folder / "data").glob("*.parquet"))
+            if not found:
+                raise DataError(f"{folder}: has no rows (data/*.parquet); did the step that makes it finish?")
+            files += found
+            licenses |= read_licenses(folder)
+        return Table(files, name or " + ".join(f.name for f in folders), content_fingerprint(*files), licenses)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the columns."""
-        raise NotImplementedError
+        """The names of the columns; a column that only some files have counts, and is None in the others' rows."""
+        return tuple(dict.fromkeys(name for file in self.files for name in _parquet(file).schema_arrow.names))
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        if self._length is None:
+            self._length = sum(_parquet(file).metadata.num_rows for file in self.files)
+        return self._length
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        """Yields the rows in order, in bounded memory."""
-        raise NotImplementedError
+        """Yields the rows in order, in bounded memory.
+
+        Args:
+            columns: only these, in this order; all of them where not given.
+
+        Raises:
+            DataError: a column isn't there, or a file is damaged.
+        """
+        names = list(self.columns if columns is None else columns)
+        missing = sorted(set(names) - set(self.columns))
+        if missing:
+            raise DataError(f"{self.name}: has no column {', '.join(missing)}; it has {', '.join(self.columns)}")
+        for file in self.files:
+            yield from _rows_of_file(file, names)
 
     def hf(self) -> Any:
-        """The same rows as a `datasets.Dataset`, memory-mapped."""
-        raise NotImplementedError
+        """The same rows as a `datasets.Dataset`, memory-mapped (in the `datasets` cache folder)."""
+        import datasets
+
+        shown = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            return datasets.Dataset.from_parquet([str(file) for file in self.files])
+        finally:
+            if shown:
+                datasets.enable_progress_bars()
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as problem:
+        raise DataError(
+            f"{file}: can't be read as parquet ({problem}); was it cut short? make or copy it again"
+        ) from problem
+
+
+def _rows_of_file(file: Path, names: Sequence[str]) -> Iterator[Row]:
+    import pyarrow as pa
+
+    with _parquet(file) as parquet:
+        present = [name for name in names if name in parquet.schema_arrow.names]
+        talk = [name for name in present if _has_optional_fields(parquet.schema_arrow.field(name).type)]
+        try:
+            for batch in parquet.iter_batches(batch_size=1000, columns=present):
+                for row in batch.to_pylist():
+                    for name in talk:
+                        row[name] = row[name] and [_message(turn) for turn in row[name]]
+                    yield {name: row.get(name) for name in names}
+        except (pa.ArrowException, OSError) as problem:
+            raise DataError(f"{file}: is damaged ({problem}); make or copy it again") from problem
+
+
+def _has_optional_fields(kind: Any) -> bool:
+    """Whether a column holds messages with more fields than role and content."""
+    import pyarrow as pa
+
+    if not pa.types.is_list(kind) or not pa.types.is_struct(kind.value_type):
+        return False
+    fields = {field.name for field in kind.value_type}
+    return {"role", "content"} < fields
+
+
+def _message(stored: dict[str, Any]) -> dict[str, Any]:
+    """A message as it was written: fields that it hadn't are null in the file, and tool calls are JSON text."""
+    turn = {key: value for key, value in stored.items() if value is not None or key in ("role", "content")}
+    if isinstance(turn.get("tool_calls"), str):
+        turn["tool_calls"] = json.loads(turn["tool_calls"])
+    return turn

@@ -1,0 +1,110 @@
+"""The dataset card (README.md) of a written dataset: what made it, from what, how much, under which licences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.core.records import Kind
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a dataset card says besides the counts, which the writer knows.
+
+    Attributes:
+        title: the heading, such as the step's name.
+        stage: the stage that made it, with its version (`pair 1`).
+        made_by: the program and its version.
+        settings: the stage's settings.
+        inputs: what it was made from: a line for each name.
+        licenses: the licence of each source that the rows go back to, where known.
+        notes: more lines of text.
+    """
+
+    title: str = "dataset"
+    stage: str = ""
+    made_by: str = "align"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    licenses: Mapping[str, str] = field(default_factory=dict)
+    notes: str = ""
+
+
+def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mapping[str, Counter[str]], rows: int) -> str:
+    """The card: a YAML header that the `datasets` library and the Hub read, and a page for people.
+
+    Args:
+        card: what made the rows.
+        kind: what the rows are.
+        columns: the type of each column, as text.
+        counts: rows by value, for each column that was counted (split, source, task, verdict).
+        rows: how many there are.
+    """
+    import yaml
+
+    header: dict[str, Any] = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
+        "tags": list(dict.fromkeys(["align", kind.value, *card.stage.split()[:1]])),
+    }
+    licences = sorted(set(card.licenses.values()))
+    if licences:
+        header["license"] = licences[0] if len(licences) == 1 else licences
+        header["source_licenses"] = dict(sorted(card.licenses.items()))
+    made = f"{kind.value.capitalize()}: {rows} rows, made by the stage `{card.stage}`" if card.stage else f"{rows} rows"
+    page = [f"# {card.title}", "", f"{made} ({card.made_by}).", ""]
+    if card.notes:
+        page += [card.notes, ""]
+    page += ["The single Hub split holds all rows; the column `split` says what may be trained on.", ""]
+    page += [
+        "## Made from",
+        "",
+        *([f"- {name}: {what}" for name, what in card.inputs.items()] or ["- nothing else"]),
+        "",
+    ]
+    page += ["## Licences of the sources", ""]
+    page += [f"- {source}: {licence}" for source, licence in sorted(card.licenses.items())] or ["- not stated"]
+    for name, counter in counts.items():
+        page += ["", f"## Rows by {name}", "", f"| {name} | rows |", "|---|---|"]
+        page += [f"| {_cell(value)} | {number} |" for value, number in sorted(counter.items())]
+    page += ["", "## Columns", "", "| column | type |", "|---|---|"]
+    page += [f"| {_cell(name)} | `{_cell(kind)}` |" for name, kind in columns.items()]
+    if card.settings:
+        settings = yaml.safe_dump(_plain(card.settings), sort_keys=False, allow_unicode=True)
+        page += ["", "## Settings", "", "```yaml", settings.rstrip(), "```"]
+    top = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return f"---\n{top}---\n\n" + "\n".join(page) + "\n"
+
+
+def read_licenses(folder: Path) -> dict[str, str]:
+    """The licences that a dataset folder's card states: of its sources, or else its own; empty where it has none."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}  # a README written by hand for people is no fault
+    if not isinstance(header, dict):
+        return {}
+    sources = header.get("source_licenses")
+    if isinstance(sources, dict):
+        return {str(name): str(licence) for name, licence in sources.items()}
+    licence = header.get("license")
+    return {folder.resolve().name: str(licence)} if isinstance(licence, str) else {}
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ") or "(empty)"
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that YAML's safe writer knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,69 @@
+"""Text as the stages compare it: normalised, cut into words and n-grams, hashed the same way on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from align.core.records import Split
+
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese and kana: one each
+    r"|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
+)
+
+
+def normalise(text: str) -> str:
+    """The text in Unicode's NFKC form, lower-cased (case-folded), runs of whitespace made one space, ends stripped."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def words(text: str) -> list[str]:
+    """The words of the normalised text, punctuation left out.
+
+    A script written without spaces (Chinese, Japanese kana) gives one word a character.
+    """
+    return _WORD.findall(normalise(text))
+
+
+def ngrams(items: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """All runs of `n` neighbours; none where there are fewer than `n` items."""
+    return (tuple(items[i : i + n]) for i in range(len(items) - n + 1))
+
+
+def stable_hash(text: str, size: int = 8) -> str:
+    """A hexadecimal hash of the text (BLAKE2b, `size` bytes) that is the same in every process and on every machine."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
+
+
+def prompt_id_of(prompt: Sequence[Any]) -> str:
+    """The id of a prompt that came without one: the hash of its roles and contents."""
+    turns = [[turn["role"], turn["content"]] for turn in prompt]
+    return stable_hash(json.dumps(turns, ensure_ascii=True, separators=(",", ":")))
+
+
+def root_text(prompt: Sequence[Any]) -> str:
+    """The text whose hash decides a prompt's split: what the user says, normalised.
+
+    Prompts that differ only in case, spacing or system message fall into one split.
+    """
+    return normalise("\n".join(turn["content"] for turn in prompt if turn["role"] == "user"))
+
+
+def split_of(root: str, dev: float, test: float, seed: int = 0) -> Split:
+    """The split of everything made from a root prompt.
+
+    Args:
+        root: the root prompt's text (see `root_text`), or its id.
+        dev: share of the root prompts that go to the development split.
+        test: share that goes to the test split; the rest is train.
+        seed: another seed, another division.
+    """
+    place = int(stable_hash(f"{seed}\n{root}"), 16) / 2**64
+    if place < test:
+        return "test"
+    return "dev" if place < test + dev else "train"
