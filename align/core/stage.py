@@ -104,6 +104,8 @@ class Stage:
         run: `run(config, inputs, tools)`; inputs hold a `Table` for datasets and a `ModelRef` for models.
             It never reads the environment or the command line, and writes only below `tools.out` and `tools.work`.
         engines: the roles it samples from, with a line of help each.
+        optional_engines: those of the roles that it runs without; the others are required.
+        reads: settings that name files or datasets; their content is part of the step's fingerprint.
         adds: columns that it adds to those that come in or that the kind has.
         version: raised when the same settings would now give other rows.
         trains: whether it may run in several processes (accelerate); every process calls `run`.
@@ -116,6 +118,8 @@ class Stage:
     gives: Kind
     run: Callable[[Any, Mapping[str, Table | ModelRef], Tools], Result]
     engines: Mapping[str, str] = field(default_factory=dict)
+    optional_engines: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     version: int = 1
     trains: bool = False
