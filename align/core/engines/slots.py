@@ -1,0 +1,216 @@
+"""The slot loop: rows that finish give their slot to the next prompt, so that every step runs as full as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from align.core.engines.base import Completion, SamplingParams
+from align.core.engines.decoders import Decoder
+from align.core.engines.draws import choose, logprobs_of, sample_key, uniforms
+
+_Number = TypeVar("_Number", np.int64, np.float32)
+
+PREFILL_TOKENS = 8192
+"""Most prompt tokens, padding included, that one prefill computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Samples `indices` of one prompt; at most as many as there are slots.
+
+    Attributes:
+        number: the prompt's number in the call.
+        ids: the prompt's token ids.
+        indices: sample indices.
+        error: why the prompt can't be sampled from; then `ids` isn't used.
+    """
+
+    number: int
+    ids: list[int]
+    indices: range
+    error: str = ""
+
+
+class Endings:
+    """Where a completion ends: end tokens, and stop texts, which are looked for only after tokens that can end one."""
+
+    def __init__(self, tokenizer: Any, end_ids: Iterable[int], stop: tuple[str, ...], vocabulary: int) -> None:
+        self.tokenizer = tokenizer
+        special = tokenizer.get_added_vocab()
+        ends = {*end_ids, *(special[text] for text in stop if text in special)}
+        self.is_end = np.zeros(vocabulary, dtype=bool)
+        self.is_end[[i for i in ends if i < vocabulary]] = True
+        self.stop = tuple(text for text in stop if text and text not in special)
+        self.can_stop = np.zeros(vocabulary, dtype=bool)
+        if self.stop:
+            last = {text[-1] for text in self.stop}
+            pieces = self.texts([[i] for i in range(min(vocabulary, len(tokenizer)))])
+            for i, piece in enumerate(pieces):
+                # A part of a character decodes to U+FFFD; a leading space may be lost when a token is decoded alone.
+                self.can_stop[i] = "\ufffd" in piece or " " in last or not last.isdisjoint(piece)
+
+    def texts(self, rows: list[list[int]]) -> list[str]:
+        """Decodes token ids without special tokens."""
+        decoded: list[str] = self.tokenizer.batch_decode(
+            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decoded
+
+    def cut(self, ids: list[int]) -> str | None:
+        """The text before the first stop text; None where there is none."""
+        text = self.texts([ids])[0]
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        return text[: min(found)] if found else None
+
+
+class SlotLoop:
+    """One call of `sample`: takes jobs as slots become free, yields completions as they finish."""
+
+    def __init__(
+        self, decoder: Decoder, jobs: Iterator[Job], slots: int, endings: Endings, params: SamplingParams, device: Any
+    ) -> None:
+        self.decoder, self.jobs, self.slots = decoder, jobs, slots
+        self.endings, self.params, self.device = endings, params, device
+        self.next: Job | None = None
+        self.rows = 0
+        self.need = 0  # most tokens, prompt and new ones, of any row since there were none
+        self.owners: list[tuple[int, int]] = []  # (prompt number, sample index) of each row
+        self.keys = np.zeros(slots, dtype=np.uint64)
+        self.counts = np.zeros(slots, dtype=np.int64)  # tokens sampled so far
+        width = min(params.max_tokens, 256)
+        self.sampled: NDArray[np.int64] = np.zeros((slots, width), dtype=np.int64)
+        self.logprobs: NDArray[np.float32] = np.zeros((slots, width), dtype=np.float32)
+        self.last = torch.zeros(slots, dtype=torch.long, device=device)  # the token that the next step feeds
+
+    def run(self) -> Iterator[tuple[int, int, Completion]]:
+        """Yields `(prompt number, sample index, completion)` until the jobs are used up."""
+        self._advance()
+        while True:
+            while self.next is not None and self.next.error:
+                for index in self.next.indices:
+                    yield self.next.number, index, Completion("", (), "error", error=self.next.error)
+                self._advance()
+            batch = self._batch()
+            if batch:
+                first = self.rows
+                with torch.no_grad():
+                    logits = self.decoder.admit([job.ids for job in batch], [len(job.indices) for job in batch])
+                    repeats = torch.tensor([len(job.indices) for job in batch], device=logits.device)
+                    logits = logits.repeat_interleave(repeats, 0)
+                for job in batch:
+                    for index in job.indices:
+                        self.keys[self.rows] = sample_key(self.params.seed, job.ids, index)
+                        self.counts[self.rows] = 0
+                        self.owners.append((job.number, index))
+                        self.rows += 1
+            elif self.rows:
+                first = 0
+                with torch.no_grad():
+                    logits = self.decoder.step(self.last[: self.rows])
+            else:
+                return
+            yield from self._take(first, logits)
+
+    def _advance(self) -> None:
+        self.next = next(self.jobs, None)
+
+    def _batch(self) -> list[Job]:
+        """The jobs to admit now: none until an eighth of the slots is free, then as many as fit."""
+        rows = self.rows
+        if rows and (not self.decoder.refills or self.slots - rows < self.slots // 8):
+            return []
+        batch: list[Job] = []
+        longest = 0
+        need = self.need if rows else 0
+        while (job := self.next) is not None and not job.error and rows + len(job.indices) <= self.slots:
+            longest = max(longest, len(job.ids))
+            need = max(need, len(job.ids) + self.params.max_tokens)
+            if rows and not self.decoder.fits(rows + len(job.indices), need):
+                break
+            if batch and longest * (len(batch) + 1) > PREFILL_TOKENS:
+                break
+            if batch and not self.decoder.pads and len(job.ids) != len(batch[0].ids):
+                break
+            batch.append(job)
+            rows += len(job.indices)
+            self.need = need
+            self._advance()
+        return batch
+
+    def _take(self, first: int, logits: torch.Tensor) -> list[tuple[int, int, Completion]]:
+        """Samples a token for rows from `first` on; the completions that it finishes leave their slots."""
+        rows = slice(first, self.rows)
+        counts = self.counts[rows]
+        with torch.no_grad():
+            u = torch.from_numpy(uniforms(self.keys[rows], counts)).to(logits.device)
+            token, usable = choose(logits, u, self.params)
+            self.last[rows] = token
+            if counts.max() >= self.sampled.shape[1]:
+                self.sampled, self.logprobs = (
+                    np.pad(a, ((0, 0), (0, a.shape[1]))) for a in (self.sampled, self.logprobs)
+                )
+            if self.params.logprobs:
+                self.logprobs[np.arange(first, self.rows), counts] = logprobs_of(logits, token).cpu().numpy()
+        token_ids = token.cpu().numpy()
+        self.sampled[np.arange(first, self.rows), counts] = token_ids
+        counts += 1  # a view: this counts on in place
+        unusable = ~usable.cpu().numpy()
+        ended = self.endings.is_end[token_ids] & ~unusable
+        done = ended | unusable | (counts >= self.params.max_tokens)
+        cuts: dict[int, str] = {}
+        if self.endings.stop:
+            for row in (first + np.flatnonzero(self.endings.can_stop[token_ids] & ~ended & ~unusable)).tolist():
+                text = self.endings.cut(self.sampled[row, : self.counts[row]].tolist())
+                if text is not None:
+                    cuts[row] = text
+                    done[row - first] = True
+        if not done.any():
+            return []
+        finished = (first + np.flatnonzero(done)).tolist()
+        completions = self._completions(finished, ended[done], unusable[done], cuts)
+        results = [(*self.owners[row], c) for row, c in zip(finished, completions, strict=True)]
+        self._free(finished)
+        return results
+
+    def _completions(
+        self, rows: list[int], ended: NDArray[np.bool_], unusable: NDArray[np.bool_], cuts: dict[int, str]
+    ) -> list[Completion]:
+        ids = [self.sampled[row, : self.counts[row]].tolist() for row in rows]
+        texts = self.endings.texts([i[:-1] if end else i for i, end in zip(ids, ended, strict=True)])
+        out: list[Completion] = []
+        for row, tokens, text, end, bad in zip(rows, ids, texts, ended, unusable, strict=True):
+            if bad:
+                reason = f"the model's logits are not numbers (NaN) at new token {len(tokens)}"
+                out.append(Completion("", (), "error", error=reason))
+                continue
+            logprobs = tuple(self.logprobs[row, : len(tokens)].tolist()) if self.params.logprobs else None
+            stopped = bool(end) or row in cuts
+            out.append(Completion(cuts.get(row, text), tuple(tokens), "stop" if stopped else "length", logprobs))
+        return out
+
+    def _free(self, finished: list[int]) -> None:
+        """Closes the gaps that finished rows leave with rows from the end, so that the rows stay compact."""
+        gone, count = set(finished), self.rows - len(finished)
+        targets = [row for row in finished if row < count]
+        sources = [row for row in range(count, self.rows) if row not in gone]
+        for array in (self.keys, self.counts, self.sampled, self.logprobs):
+            array[targets] = array[sources]
+        self.last[targets] = self.last[sources]
+        for source, target in zip(sources, targets, strict=True):
+            self.owners[target] = self.owners[source]
+        del self.owners[count:]
+        self.decoder.move(sources, targets, count)
+        self.rows = count
+
+
+def _wider(array: NDArray[_Number]) -> NDArray[_Number]:
+    """The array with twice as many columns."""
+    out = np.zeros((array.shape[0], 2 * array.shape[1]), dtype=array.dtype)
+    out[:, : array.shape[1]] = array
+    return out

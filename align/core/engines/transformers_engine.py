@@ -1,0 +1,295 @@
+"""The embedded engine: samples from any causal language model of transformers, on CPU or GPU, nothing to install.
+
+A slot loop over the model: each distinct prompt is computed once for all its samples, and a row that finishes gives
+its slot to the next prompt. Qwen2-like models (Qwen2, Qwen3, Llama, Mistral without a sliding window) run through a
+forward of our own; all others through the model's forward and cache. On a GPU with a large model, vLLM is faster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.core.chat import prompt_ids
+from align.core.engines.base import Completion, Prompt, SamplingParams
+from align.core.engines.decoders import Decoder, GenericDecoder, QuickDecoder, QuickWeights, is_quick
+from align.core.engines.slots import Endings, Job, SlotLoop
+from align.core.errors import DataError, EngineError, ModelError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersEngine:
+    """Samples from one causal language model; see `align.core.engines.base.Engine`.
+
+    A completion depends on the model, the prompt's ids, the sampling parameters and the sample's index alone, up to
+    float rounding: not on the batch, the number of slots or the order of prompts.
+
+    Args:
+        model: a model folder, a LoRA adapter's folder (merged into its base), a Hub id, or a model in memory. A model
+            in memory is used where it is and as it is at each call of `sample`: train it on, and sample again.
+        tokenizer: the model's own by default.
+        device: auto (a CUDA device if there is one), cpu, cuda, cuda:1, ... Of a model in memory: its own.
+        dtype: auto (float32 on CPU, the checkpoint's own on a GPU), float32, bfloat16, float16.
+        slots: most samples in flight.
+        generator: see `Engine`; the model's name by default.
+        fingerprint: see `Engine`; a hash of weights, tokenizer and template by default.
+        max_context: most tokens of prompt and completion together; the model's own limit by default.
+
+    Raises:
+        ModelError: there is no such model, or it is no causal language model.
+        EngineError: the device isn't there.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        slots: int = 256,
+        generator: str | None = None,
+        fingerprint: str | None = None,
+        max_context: int | None = None,
+    ) -> None:
+        if slots < 1:
+            raise EngineError(f"slots: found {slots}, expected 1 or more")
+        self._live = isinstance(model, torch.nn.Module)
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__) if self._live else str(model)
+        self.model: Any = model if self._live else _load_model(str(model), _device(device), dtype)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(name)
+        self.tokenizer: Any = tokenizer
+        self.slots = slots
+        self._generator = generator or Path(name).name
+        self._fingerprint, self._given_fingerprint = fingerprint, fingerprint
+        config = self.model.config.get_text_config()
+        limits = [n for n in (max_context, getattr(config, "max_position_embeddings", None)) if n]
+        self.max_context: int | None = min(limits) if limits else None
+        self._end_ids = _end_ids(tokenizer, self.model)
+        self._quick = QuickWeights(self.model) if is_quick(self.model) else None
+
+    @property
+    def generator(self) -> str:
+        """See `Engine`."""
+        return self._generator
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Engine`; computed from the model in memory where none was given."""
+        if self._fingerprint is None:
+            self._fingerprint = _content_hash(self.model, self.tokenizer)
+        return self._fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
+
+    def sample(
+        self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """See `Engine`. Reads prompts in blocks of twice as many samples as there are slots."""
+        _check(n, params)
+        if self._live:
+            self.refresh()
+        decoder: Decoder
+        if self._quick is not None:
+            decoder = QuickDecoder(self._quick, self.slots)
+        else:
+            decoder = GenericDecoder(self.model, self.device)
+        vocabulary = max(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+        endings = Endings(self.tokenizer, self._end_ids, params.stop, vocabulary)
+        jobs = self._jobs(prompts, n, params, first_index)
+        try:
+            yield from SlotLoop(decoder, jobs, self.slots, endings, params, self.device).run()
+        except torch.OutOfMemoryError as problem:
+            raise EngineError(
+                f"{self.generator}: out of GPU memory with {self.slots} slots; give the engine fewer slots, "
+                "a shorter max_context, or dtype bfloat16"
+            ) from problem
+
+    def score(self, prompt: Sequence[Sequence[int]], completion: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities (temperature 1, nats) of given completions' tokens, by the model's own forward.
+
+        The check on what `sample` reports: nothing is shared with the quick path but the weights.
+
+        Args:
+            prompt: token ids of each prompt.
+            completion: token ids of each completion, as many as prompts.
+        """
+        out: list[list[float]] = []
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for before, after in zip(prompt, completion, strict=True):
+                    ids = torch.tensor([[*before, *after]], device=self.device)
+                    logits = self.model(input_ids=ids).logits[0, len(before) - 1 : -1].float()
+                    chosen = ids[0, len(before) :, None]
+                    out.append((logits.gather(-1, chosen)[:, 0] - logits.logsumexp(-1)).tolist())
+        finally:
+            self.model.train(training)
+        return out
+
+    def refresh(self) -> None:
+        """Takes the model's current weights; `sample` does it by itself for a model that was given in memory."""
+        if self._quick is not None:
+            self._quick.refresh()
+        self._fingerprint = self._given_fingerprint
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Copies a state dict into the model, in place.
+
+        Raises:
+            ModelError: its names or shapes aren't the model's.
+        """
+        try:
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        except RuntimeError as problem:
+            raise ModelError(f"{self.generator}: the weights don't fit this model: {problem}") from problem
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        if unexpected or set(missing) - tied:
+            raise ModelError(
+                f"{self.generator}: the weights don't fit this model: missing {sorted(missing)[:3]}, "
+                f"unexpected {sorted(unexpected)[:3]}; give the state dict of a model with the same config"
+            )
+        self.refresh()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.model = self._quick = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _jobs(self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int) -> Iterator[Job]:
+        """Prompts as token ids, read a block ahead; within a block sorted by length, so that neighbours are alike."""
+        numbered = enumerate(prompts)
+        indices = range(first_index, first_index + n)
+        while block := list(islice(numbered, max(8, 2 * self.slots // n))):
+            jobs: list[Job] = []
+            for number, prompt in block:
+                try:
+                    ids = prompt_ids(self.tokenizer, prompt)
+                    problem = self._misfit(ids, params)
+                except DataError as refused:
+                    ids, problem = [], str(refused)
+                if problem:
+                    jobs.append(Job(number, [], indices, problem))
+                else:
+                    jobs += [Job(number, ids, indices[i : i + self.slots]) for i in range(0, n, self.slots)]
+            jobs.sort(key=lambda job: len(job.ids))
+            yield from jobs
+
+    def _misfit(self, ids: list[int], params: SamplingParams) -> str:
+        """Why a prompt can't be sampled from; empty if it can."""
+        if not ids:
+            return "the prompt is empty: it has no tokens"
+        if self.max_context is not None and len(ids) + params.max_tokens > self.max_context:
+            return (
+                f"the prompt doesn't fit: {len(ids)} tokens and max_tokens {params.max_tokens} exceed the context of "
+                f"{self.max_context} tokens; shorten the prompt or lower max_tokens"
+            )
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            return f"the prompt has token ids outside the model's vocabulary of {vocabulary}"
+        return ""
+
+
+def _check(n: int, params: SamplingParams) -> None:
+    ranges = {
+        "n": (n, n >= 1, "1 or more"),
+        "max_tokens": (params.max_tokens, params.max_tokens >= 1, "1 or more"),
+        "temperature": (params.temperature, params.temperature >= 0, "0 (greedy) or more"),
+        "top_p": (params.top_p, 0 < params.top_p <= 1, "above 0, at most 1 (off)"),
+        "top_k": (params.top_k, params.top_k >= 0, "0 (off) or more"),
+    }
+    wrong = [f"{name}: found {value}, expected {want}" for name, (value, good, want) in ranges.items() if not good]
+    if wrong:
+        raise EngineError("sampling parameters: " + "; ".join(wrong))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as problem:
+        raise EngineError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N") from problem
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"device: found '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; use auto")
+    return device
+
+
+def _load_model(path: str, device: torch.device, dtype: str) -> Any:
+    """Loads a causal language model; a LoRA adapter is merged into its base."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if dtype not in ("auto", *_DTYPES):
+        raise EngineError(f"dtype: found '{dtype}', expected auto, {', '.join(_DTYPES)}")
+    base, is_adapter = path, (Path(path) / "adapter_config.json").is_file()
+    wanted = torch.float32 if dtype == "auto" and device.type == "cpu" else _DTYPES.get(dtype, "auto")
+    remedy = "give a folder made by save_pretrained, or the id of a model on the Hub"
+    try:
+        if is_adapter:
+            from peft import PeftConfig, PeftModel
+
+            base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        config = AutoConfig.from_pretrained(base)
+        made_as = getattr(config, "architectures", None) or []
+        causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        if made_as and not any(name in causal for name in made_as):
+            raise ModelError(f"{path}: it is a {made_as[0]}, expected a causal language model")
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=wanted, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{path}: its checkpoint lacks {len(info['missing_keys'])} weights ({sorted(info['missing_keys'])[0]}, "
+                f"...), which would be random; {remedy}"
+            )
+        if is_adapter:
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (OSError, ValueError, KeyError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise ModelError(f"{path}: it can't be loaded as a causal language model: {first}; {remedy}") from problem
+    return model.to(device).eval()
+
+
+def _load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise ModelError(
+            f"{path}: no tokenizer can be loaded from it: {first}; save the tokenizer into the model's folder"
+        ) from problem
+
+
+def _end_ids(tokenizer: Any, model: Any) -> set[int]:
+    """End tokens: the tokenizer's, the generation config's, and ChatML's end of turn where the vocabulary has it."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, (list, tuple)) else [ends])}
+    found.add(tokenizer.get_vocab().get("<|im_end|>"))
+    return {int(i) for i in found if i is not None}
+
+
+def _content_hash(model: Any, tokenizer: Any) -> str:
+    """Hash of weights, config, vocabulary and chat template."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(model.config.to_json_string().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    hasher.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    hasher.update(str(tokenizer.chat_template).encode())
+    return hasher.hexdigest()
