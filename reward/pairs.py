@@ -1,0 +1,141 @@
+"""Scored completions of one prompt to preference pairs; the offline stage `pair` and online DPO both use it.
+
+Three rules: best against worst, the Qwen2 report's (arXiv:2407.10671, 4.3); every winner with a loser, cycling the
+shorter list, IRPO's (arXiv:2404.19733, 2); and a pair drawn at random, the control.
+
+What holds for all of them: an error is never paired, since nothing is known of it; a tie is dropped and never trained
+on; a truncated completion is never chosen, or the policy learns not to stop; two equal texts are never a pair.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from align.core.records import VerdictName
+
+Strategy = Literal["max_min", "random", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One completion as pairing sees it.
+
+    Attributes:
+        text: its text; two completions of equal text (ends stripped) count once.
+        reward: higher is better; None (or not a finite number) counts as an error.
+        verdict: of a verifier, where one spoke; None for scores of a reward model or a person.
+        truncated: it ended for want of tokens, and so is never chosen.
+        choosable: false for one that may only be rejected (a right answer by a wrong way, say).
+        runs: code that compiles and runs, right or wrong; of equally bad completions one that runs is rejected first.
+    """
+
+    text: str
+    reward: float | None
+    verdict: VerdictName | None = None
+    truncated: bool = False
+    choosable: bool = True
+    runs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A preference: places in the list that was given, and the chosen's reward minus the rejected's."""
+
+    chosen: int
+    rejected: int
+    margin: float
+
+
+def make_pairs(
+    scored: Sequence[Scored],
+    strategy: Strategy = "max_min",
+    *,
+    min_margin: float = 0.0,
+    max_pairs: int = 10,
+    chosen_passes: bool = True,
+    seed: int | str = 0,
+) -> tuple[list[Pair], Counter[str]]:
+    """Pairs of one prompt's completions, and what became of the prompt and of the completions left out.
+
+    The counts are for the log of the yield. One of a prompt: `paired`, or why it gave no pair: `too_few` (fewer than
+    two usable completions), `tie`, `below_margin`, `none_chosen` (no completion may be chosen), `one_sided` (`all`
+    only: no winner, or no loser). Of completions: `dropped_error`, `dropped_identical`.
+
+    Args:
+        scored: the completions of one prompt, in any order.
+        strategy: max_min, random (one pair among all that are allowed), or all (winners passed, losers failed).
+        min_margin: a pair's margin must be above 0 and at least this.
+        max_pairs: most pairs of the prompt under `all`.
+        chosen_passes: whether a completion that a verifier failed is never chosen, however well it is graded.
+        seed: decides between equal rewards, and the draws of `random`.
+    """
+    counts: Counter[str] = Counter()
+    usable: list[int] = []
+    seen: set[str] = set()
+    for place, one in enumerate(scored):
+        text = one.text.strip()
+        if one.reward is None or not math.isfinite(one.reward) or one.verdict == "error":
+            counts["dropped_error"] += 1
+        elif text in seen:
+            counts["dropped_identical"] += 1
+        else:
+            seen.add(text)
+            usable.append(place)
+    if len(usable) < 2:
+        counts["too_few"] += 1
+        return [], counts
+
+    rng = random.Random(f"{seed}/pairs")
+    shuffled = rng.sample(usable, len(usable))
+    may_win = [i for i in shuffled if _choosable(scored[i], chosen_passes)]
+    if strategy == "all":
+        may_win = [i for i in usable if _choosable(scored[i], chosen_passes) and scored[i].verdict == "passed"]
+        losers = sorted((i for i in usable if scored[i].verdict == "failed"), key=lambda i: not scored[i].runs)
+        candidates = _walk(may_win, losers)
+        reason = "tie" if candidates else "one_sided"
+    elif not may_win:
+        reason, candidates = "none_chosen", []
+    elif strategy == "max_min":
+        best = max(may_win, key=lambda i: _reward(scored[i]))
+        worst = min(shuffled, key=lambda i: (_reward(scored[i]), not scored[i].runs))
+        reason, candidates = "tie", [(best, worst)]
+    else:
+        reason, candidates = "tie", [(i, j) for i in may_win for j in shuffled]
+        rng.shuffle(candidates)
+
+    limit = max_pairs if strategy == "all" else 1
+    pairs: list[Pair] = []
+    for chosen, rejected in candidates:
+        margin = _reward(scored[chosen]) - _reward(scored[rejected])
+        if margin <= 0:
+            continue
+        if margin < min_margin:
+            reason = "below_margin"
+        elif len(pairs) < limit:
+            pairs.append(Pair(chosen, rejected, margin))
+    counts["paired" if pairs else reason] += 1
+    return pairs, counts
+
+
+def _walk(winners: Sequence[int], losers: Sequence[int]) -> list[tuple[int, int]]:
+    """Both lists side by side, the shorter one from its start again; empty when either is."""
+    if not winners or not losers:
+        return []
+    steps = max(len(winners), len(losers))
+    return [(winners[i % len(winners)], losers[i % len(losers)]) for i in range(steps)]
+
+
+def _choosable(one: Scored, chosen_passes: bool) -> bool:
+    return one.choosable and not one.truncated and not (chosen_passes and one.verdict == "failed")
+
+
+def _reward(one: Scored) -> float:
+    """The reward of a usable completion."""
+    if one.reward is None:
+        raise ValueError("a completion without a reward can't be compared")
+    return one.reward
