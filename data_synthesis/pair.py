@@ -27,7 +27,7 @@ class PairConfig(StageConfig):
 
     strategy: Strategy = Field(
         "max_min", description="max_min: a prompt's best against its worst (the Qwen2 report, 4.3); all: passed with "
-        "failed ones side by side, cycling the shorter list (IRPO, arXiv:2404.19733); random: one pair drawn, the control",
+        "failed ones side by side, the shorter list cycled (IRPO, arXiv:2404.19733); random: one pair drawn, a control",
     )  # fmt: skip
     min_margin: float = Field(
         0.0, ge=0, description="least difference of the rewards; ties are dropped always, whatever this is"

@@ -84,7 +84,8 @@ def bench(tmp_path: Path) -> Bench:
 def a_prompt(number: int, text: str | None = None, **more: Any) -> Row:
     return {
         "prompt_id": f"p{number}", "prompt": [{"role": "user", "content": text or f"question {number}"}],
-        "split": "train", "source": "here", "task": "exact", "family": "exact", "reference": '{"answer": "yes"}', **more,
+        "split": "train", "source": "here", "task": "exact", "family": "exact",
+        "reference": '{"answer": "yes"}', **more,
     }  # fmt: skip
 
 
