@@ -152,9 +152,8 @@ class SlotLoop:
             token, usable = choose(logits, u, self.params)
             self.last[rows] = token
             if counts.max() >= self.sampled.shape[1]:
-                self.sampled, self.logprobs = (
-                    np.pad(a, ((0, 0), (0, a.shape[1]))) for a in (self.sampled, self.logprobs)
-                )
+                self.sampled = _wider(self.sampled)
+                self.logprobs = _wider(self.logprobs)
             if self.params.logprobs:
                 self.logprobs[np.arange(first, self.rows), counts] = logprobs_of(logits, token).cpu().numpy()
         token_ids = token.cpu().numpy()
