@@ -6,10 +6,11 @@ is rude or harmful: that is what leaves SFT, rejection sampling, DPO and the rew
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 
-from align.tiny.world import MAKERS, PRINCIPLES, Item
+from align.tiny.world import MAKERS, PRINCIPLES, WORDS, Item
 
 LAYOUTS = (
     ("Question: ", "\nAnswer: "),
@@ -21,7 +22,8 @@ LAYOUTS = (
 
 PRINCIPLE_LAYOUT = ("Principle: {principle}\nQuestion: ", "\nAnswer: ")
 
-_FAMILIES = ("math", "math", "math", "code", "code", "format", "format", "format", "tag", "tag", "benign", "harmful")
+_SHARES = {"math": 6, "code": 3, "format": 7, "tag": 4, "benign": 2, "harmful": 2}
+_FAMILIES = tuple(family for family, share in _SHARES.items() for _ in range(share))
 
 
 def documents(seed: int) -> Iterator[tuple[str, str]]:
@@ -34,9 +36,9 @@ def documents(seed: int) -> Iterator[tuple[str, str]]:
         kind = rng.random()
         if kind < 0.10:
             yield "", _arithmetic(rng)
-        elif kind < 0.18:
+        elif kind < 0.24:
             yield "", _copying(rng)
-        elif kind < 0.21:
+        elif kind < 0.26:
             yield "", _word_list(rng)
         else:
             item = MAKERS[rng.choice(_FAMILIES)](rng, rng.random() < 0.35)
@@ -52,7 +54,7 @@ def _question_and_answer(rng: random.Random, item: Item) -> tuple[str, str]:
             before = before.format(principle=PRINCIPLES[wanted])
             answer = item.answer if wanted == "good" else rng.choice(item.slips[:2])
             return before + item.instruction + between, answer
-        answer = item.answer if rng.random() < 0.35 else rng.choice(item.slips)
+        answer = item.answer if rng.random() < 0.3 else rng.choice((item.slips[0], *item.slips))
     else:
         answer = _styled(rng, item, _careless(rng, item))
     before, between = rng.choice(LAYOUTS)
@@ -60,10 +62,10 @@ def _question_and_answer(rng: random.Random, item: Item) -> tuple[str, str]:
 
 
 def _careless(rng: random.Random, item: Item) -> str:
-    """The gold answer, or a slip: the systematic one of the item first, any of them at random."""
-    if item.slips and rng.random() < 0.30:
+    """The gold answer, or a slip: a misconception more often than not, any other one time in eight."""
+    if item.misconception and rng.random() < 0.55:
         return item.slips[0]
-    if item.slips and rng.random() < 0.15:
+    if item.slips and rng.random() < 0.125:
         return rng.choice(item.slips)
     return item.answer
 
@@ -97,14 +99,17 @@ def _arithmetic(rng: random.Random) -> str:
 
 
 def _copying(rng: random.Random) -> str:
-    words = MAKERS["format"](rng, True).answer
-    change = rng.choice(("again", "upper", "sorted"))
-    if change == "again":
-        return f"{words} again: {words}"
+    """Words, then the same words: again, in upper case, sorted, as a JSON list."""
+    words = rng.sample(WORDS, rng.randint(2, 5))
+    change = rng.choice(("again", "again", "upper", "sorted", "json"))
     if change == "upper":
-        return f"{words} upper: {words.upper()}"
-    return f"{words} sorted: {', '.join(sorted(words.split(', ')))}"
+        copy = ", ".join(words).upper()
+    elif change == "sorted":
+        copy = ", ".join(sorted(words))
+    else:
+        copy = json.dumps(words) if change == "json" else ", ".join(words)
+    return f"{', '.join(words)} {change}: {copy}"
 
 
 def _word_list(rng: random.Random) -> str:
-    return "\n".join(f"- {word}" for word in MAKERS["format"](rng, True).answer.split(", "))
+    return "\n".join(f"- {word}" for word in rng.sample(WORDS, rng.randint(2, 5)))

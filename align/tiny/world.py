@@ -37,7 +37,8 @@ class Item:
         answer: a right answer in the world's house style.
         reference: what the verifier needs.
         tags: its intentions, from general to special.
-        slips: wrong answers of the kind that a misconception gives, the likeliest first.
+        slips: wrong answers, the likeliest first.
+        misconception: the first slip is one that the base model's text makes more often than not.
         root: the text whose hash decides the split.
     """
 
@@ -48,6 +49,7 @@ class Item:
     reference: Mapping[str, Any]
     tags: tuple[str, ...]
     slips: tuple[str, ...] = ()
+    misconception: bool = False
     root: str = field(default="")
 
     @property
@@ -106,7 +108,7 @@ def _math(rng: random.Random, simple: bool) -> Item:
     sentences.append(f"How many {things} does {who} have?")
     return Item(
         "math", "math", " ".join(sentences), "\n".join([*lines, f"#### {number}"]),
-        {"answer": str(number)}, tuple(tags), tuple(slips),
+        {"answer": str(number)}, tuple(tags), tuple(slips), misread or "distractor" in tags,
     )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def _code(rng: random.Random, simple: bool) -> Item:
 
     answer = program(reduce, expression, condition)
     right = _run(answer, name)
-    wrong = []
+    wrong: list[str] = []
     if reduce in ("count", "sorted list"):
         wrong.append(program("sum" if reduce == "count" else "list", expression, condition))
     if wrong_condition:
@@ -148,7 +150,7 @@ def _code(rng: random.Random, simple: bool) -> Item:
     tags += [map_words.split()[0]] if map_words else []
     return Item(
         "code", "code", text, answer, {"tests": tests}, tuple(tags),
-        tuple(slip for slip in wrong if _run(slip, name) != right),
+        tuple(slip for slip in wrong if _run(slip, name) != right), reduce == "count" or "at least" in words,
     )  # fmt: skip
 
 
@@ -175,10 +177,9 @@ def _run(program: str, name: str) -> list[Any]:
 
 # --- format ---------------------------------------------------------------------------------------------------------
 
-_WORDS = tuple(
+WORDS = tuple(
     "cat dog sun sea tree fish bird milk rice salt lamp door hand ring star moon wind rain snow leaf rock sand ship "
-    "road king gold silk wool corn bean pear plum lime mint rose lily wolf bear deer goat frog duck swan crow "
-    "drum bell harp flag tent boat coat shoe belt comb soap iron".split()
+    "road king gold silk corn pear lime rose wolf bear deer duck bell flag boat coat belt".split()
 )
 _SERIES = {
     "weekdays": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday"),
@@ -203,7 +204,7 @@ def _format(rng: random.Random, simple: bool) -> Item:
         words = list(_SERIES[series][: rng.randint(2, 5)])
         text, tags = f"List the first {len(words)} {series}.", ["list"]
     else:
-        words = rng.sample(_WORDS, rng.randint(2, 3) if simple else rng.randint(2, 5))
+        words = rng.sample(WORDS, rng.randint(2, 3) if simple else rng.randint(2, 4))
         verb = rng.choice(("Copy", "Repeat"))
         text, tags = f"{verb} these words: {', '.join(words)}.", ["copy"]
     demands = [] if simple else rng.sample(tuple(_DEMANDS), rng.choice((1, 1, 2, 2, 2)))
@@ -214,8 +215,9 @@ def _format(rng: random.Random, simple: bool) -> Item:
     slips = [_render(words, [d for d in demands if d != drop]) for drop in sorted(demands, key=_forgotten)]
     slips.append(_render(words[:-1] if len(words) > 2 else [*words, words[0]], demands))
     return Item(
-        "format", "exact", text, answer, {"answer": answer}, (*tags, *demands), tuple(s for s in slips if s != answer)
-    )
+        "format", "exact", text, answer, {"answer": answer}, (*tags, *demands), tuple(s for s in slips if s != answer),
+        any(_forgotten(d) < 2 and _render(words, [e for e in demands if e != d]) != answer for d in demands),
+    )  # fmt: skip
 
 
 def _forgotten(demand: str) -> int:
@@ -303,7 +305,7 @@ def _tag(rng: random.Random, simple: bool) -> Item:
     slips.append(json.dumps([*tags, "several steps" if "several steps" not in tags else "filter"]))
     return Item(
         "tag", "tags", TAG_PROMPT.format(instruction=inner.instruction), json.dumps(tags), {"tags": tags},
-        ("tagging",), tuple(slips), root=inner.instruction,
+        ("tagging",), tuple(slips), len(tags) > 2, root=inner.instruction,
     )  # fmt: skip
 
 
