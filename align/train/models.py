@@ -1,0 +1,121 @@
+"""Policies from folder to folder: loading, LoRA, and writing what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers.utils import logging
+
+from align.core.errors import ModelError
+from align.core.store import ModelRef
+from align.train.settings import Speed, TrainSettings
+
+logging.disable_progress_bar()  # the step has its own
+
+
+def load_tokenizer(model: ModelRef) -> Any:
+    """The tokenizer that lies beside a model's weights.
+
+    Raises:
+        ModelError: there is none, or it has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision or "main")
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{model.name}: no tokenizer at {model.path}: {problem}") from problem
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"{model.name}: its tokenizer has no chat template, so nobody knows what a turn looks like; add one as "
+            f"chat_template.jinja in {model.path}, or take an instruct model's tokenizer"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
+    return tokenizer
+
+
+def load_policy(model: ModelRef, speed: Speed, frozen: bool = False) -> Any:
+    """A causal language model, in training precision. An adapter folder is merged into its base.
+
+    Weights are fp32 (the optimizer's updates are too small for bf16); where only adapters or nothing will be trained
+    they have the computation's precision.
+
+    Args:
+        frozen: whether the base weights stay as they are.
+
+    Raises:
+        ModelError: the folder holds no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if frozen and speed.precision == "bf16" else torch.float32
+    path = Path(model.path)
+    try:
+        if (path / "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            loaded = AutoPeftModelForCausalLM.from_pretrained(model.path, dtype=dtype).merge_and_unload()
+        else:
+            revision = model.revision or "main"
+            loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, revision=revision)
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{model.name}: no causal language model at {model.path}: {problem}") from problem
+    return loaded.to(speed.device)
+
+
+def source_dtype(model: ModelRef) -> torch.dtype:
+    """The precision in which a model's weights lie on disk, and in which what is made from it is written."""
+    from transformers import AutoConfig
+
+    path = Path(model.path)
+    if (path / "adapter_config.json").exists():
+        from peft import PeftConfig
+
+        return source_dtype(
+            ModelRef(PeftConfig.from_pretrained(model.path).base_model_name_or_path, model.kind, "", "")
+        )
+    dtype = AutoConfig.from_pretrained(model.path).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def lora_of(settings: TrainSettings) -> Any:
+    """The adapters' configuration, or None where all weights are trained."""
+    if not settings.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets,
+    )
+
+
+def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, end_id: int, merged: bool) -> None:
+    """Writes the trained model with its tokenizer: full weights, or the adapters where `merged` is false.
+
+    Every process calls it; the main one writes. Weights are rounded to `dtype`. The generation settings learn the
+    end-of-turn token, so that whoever samples from the folder stops there.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        ends = model.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        model.config.use_cache = True  # the trainer turned it off
+        model.generation_config.eos_token_id = [*ends, *({end_id} - set(ends))]
+        if is_peft_model(model) and merged:
+            model, state = model.float().merge_and_unload(), None
+        if not is_peft_model(model):
+            model = model.to(dtype)
+            state = state and {name: tensor.to(dtype) for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,97 @@
+"""Settings that the training stages share, and what `tools.speed` means to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from align.core.errors import RecipeError
+from align.core.stage import StageConfig
+
+
+class TrainSettings(StageConfig):
+    """Names as in transformers and TRL, flat."""
+
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    epochs: float = Field(gt=0, description="passes over the data")
+    global_batch_size: int = Field(
+        128, ge=1, description="rows of one optimizer step, over all processes; accumulation follows from it"
+    )
+    max_length: int = Field(ge=8, description="longest row in tokens, prompt and completion together")
+    too_long: Literal["drop", "error"] = Field(
+        "drop", description="what becomes of a longer row: dropped and counted, or the run stops; never cut"
+    )
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="where it ends, as a share of learning_rate")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the steps in which it rises from 0")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices only")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient to this norm; 0 is off")
+    lora_rank: int = Field(0, ge=0, description="rank of the LoRA adapters; 0 trains all weights")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA's scale: an adapter counts alpha / rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
+    lora_targets: str | list[str] = Field("all-linear", description="module names that get adapters, or 'all-linear'")
+    save_merged: bool = Field(True, description="write full weights; false writes the LoRA adapters alone")
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What changes how fast a training stage is, and not what it makes (save by rounding).
+
+    Attributes:
+        device: cpu, cuda, or auto: cuda where there is one.
+        precision: fp32, bf16 (weights stay fp32, the computation is bf16), or auto: bf16 on a GPU, fp32 on a CPU.
+        micro_batch_size: rows at once in one process; 0: the largest divisor up to 32 on a CPU and 8 on a GPU.
+        gradient_checkpointing: less memory for 20-29% more time.
+        save_every: optimizer steps between checkpoints.
+    """
+
+    device: str = "auto"
+    precision: str = "auto"
+    micro_batch_size: int = 0
+    gradient_checkpointing: bool = False
+    save_every: int = 500
+
+    @staticmethod
+    def of(speed: Mapping[str, Any]) -> Speed:
+        """From a recipe's words, the machine's answer put in place of "auto". Other stages' words are left alone."""
+        import torch
+
+        known = {name: speed[name] for name in Speed.__slots__ if speed.get(name) is not None}
+        chosen = Speed(**known)
+        device = chosen.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
+        precision = chosen.precision
+        if precision == "auto":
+            precision = "fp32" if device == "cpu" else "bf16"
+        if precision not in ("fp32", "bf16"):
+            raise RecipeError(f"precision: {precision}; known: auto, fp32, bf16")
+        return Speed(device, precision, chosen.micro_batch_size, chosen.gradient_checkpointing, chosen.save_every)
+
+    def split(self, global_batch_size: int, processes: int) -> tuple[int, int]:
+        """Rows at once and accumulation steps of one process, whose product over all processes is the global batch.
+
+        Raises:
+            RecipeError: they don't divide.
+        """
+        share, rest = divmod(global_batch_size, processes)
+        if rest or not share:
+            raise RecipeError(
+                f"global_batch_size: {global_batch_size} rows can't be shared by {processes} processes; "
+                f"use a multiple of {processes}"
+            )
+        most = 32 if self.device == "cpu" else 8
+        micro = self.micro_batch_size or max(n for n in range(1, min(share, most) + 1) if share % n == 0)
+        micro = min(micro, share)
+        if share % micro:
+            raise RecipeError(
+                f"micro_batch_size: {micro} doesn't divide the {share} rows that one process has of "
+                f"global_batch_size {global_batch_size}; use one of "
+                f"{', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}"
+            )
+        return micro, share // micro

@@ -1,0 +1,68 @@
+"""Runs a training stage as the pipeline would, on rows and models made by the test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from align.core.records import Kind
+from align.core.stage import Stage, Tools
+from align.core.store import ModelRef, Table
+
+
+class Silent:
+    """A progress reporter that keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, total: int | None, unit: str) -> None:
+        pass
+
+    def advance(self, by: int = 1, **figures: float | int | str) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> Table:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return Table([path], path.stem, "0")
+
+
+def policy(path: str | Path) -> ModelRef:
+    return ModelRef(str(path), Kind.MODEL, Path(path).name, "0")
+
+
+def run(
+    stage: Stage,
+    folder: Path,
+    inputs: Mapping[str, Table | ModelRef],
+    settings: dict[str, Any],
+    speed: dict[str, Any] | None = None,
+    seed: int = 3,
+) -> tuple[dict[str, Any], Silent]:
+    """Gives the summary, and what was said."""
+    progress = Silent()
+    speed = {"device": "cpu"} | (speed or {})
+    tools = Tools(seed=seed, engines={}, progress=progress, work=folder / "work", out=folder, speed=speed)
+    tools.work.mkdir(parents=True, exist_ok=True)
+    result = stage.run(stage.config(**settings), inputs, tools)
+    return result.summary, progress
+
+
+def curves(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
