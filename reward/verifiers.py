@@ -1,0 +1,131 @@
+"""How each task is verified: one table, and `Verifiers`, which gives a verdict for every row in order.
+
+No verifier takes a model; a task that needs one is judged (`reward.judge`). Whatever is wrong with a row becomes its
+verdict `error` and stops no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rapidfuzz import process
+
+from align.core.records import Verdict
+from reward import constraints, math_answers, simple_checks
+
+if TYPE_CHECKING:
+    from reward.code_tests import CodeVerifier
+
+Verify = Callable[[str, Mapping[str, Any]], Verdict]
+
+VERIFIERS: dict[str, Verify | None] = {
+    "math": math_answers.verify,
+    "code": None,  # runs in the sandbox, which `Verifiers` starts
+    "constraints": constraints.verify,
+    "exact": simple_checks.verify_exact,
+    "tags": simple_checks.verify_tags,
+    "principle": simple_checks.verify_principle,
+}
+TASKS: tuple[str, ...] = tuple(VERIFIERS)
+
+VerifyRow = tuple[Any, Any, Any, Any]
+"""Task, completion text, reference (an object, or its JSON string), prompt text; of any type: rows may be broken."""
+
+CHUNK = 256
+"""Rows held at a time; the code among them runs together, on all of the sandbox's workers."""
+
+
+class Verifiers:
+    """Verifies rows of any tasks; a context manager, since the sandbox of the task `code` has processes to end.
+
+    The sandbox starts when the first row of code comes.
+    """
+
+    def __init__(self, sandbox: Mapping[str, Any] | None = None) -> None:
+        """Takes the settings of `CodeVerifier`, where other than its defaults are wanted."""
+        self._sandbox = dict(sandbox or {})
+        self._code: CodeVerifier | None = None
+
+    def __enter__(self) -> Verifiers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code, self._code = self._code, None
+        if code is not None:
+            code.__exit__(kind, error, trace)
+
+    def verify(self, task: Any, completion: Any, reference: Any, prompt: Any = "") -> Verdict:
+        """The verdict of one row."""
+        return next(iter(self.verify_many([(task, completion, reference, prompt)])))
+
+    def verify_many(self, rows: Iterable[VerifyRow]) -> Iterator[Verdict]:
+        """Yields the verdict of each row, in order, holding `CHUNK` rows at a time.
+
+        Raises:
+            SandboxError: code can't be run safely here; rows without code are not affected.
+        """
+        remaining = iter(rows)
+        while chunk := list(islice(remaining, CHUNK)):
+            yield from self._verify_chunk(chunk)
+
+    def _verify_chunk(self, rows: Sequence[VerifyRow]) -> list[Verdict]:
+        verdicts: list[Verdict | None] = []
+        code: list[tuple[str, Mapping[str, Any]]] = []
+        for task, completion, raw_reference, _ in rows:
+            reference = _reference(raw_reference)
+            problem = _problem(task, completion, reference)
+            if problem is not None:
+                verdicts.append(Verdict.error(problem))
+            elif (verify := VERIFIERS[task]) is not None:
+                verdicts.append(_guarded(verify, task, completion, reference))
+            else:
+                verdicts.append(None)
+                code.append((completion, reference))
+        ran = iter(self._code_verifier().verify_many(code) if code else ())
+        return [next(ran) if verdict is None else verdict for verdict in verdicts]
+
+    def _code_verifier(self) -> CodeVerifier:
+        if self._code is None:
+            from reward.code_tests import CodeVerifier  # the sandbox is only for those who run code
+
+            self._code = CodeVerifier(**self._sandbox).__enter__()
+        return self._code
+
+
+def _reference(raw: Any) -> Any:
+    """The reference as an object; its text where that is no JSON, which `_problem` then reports."""
+    if isinstance(raw, str):
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError):
+            return raw
+    return raw
+
+
+def _problem(task: Any, completion: Any, reference: Any) -> str | None:
+    """Why a row can't be verified, or None."""
+    if not isinstance(task, str):
+        return f"task: expected one of {', '.join(TASKS)}, found {task!r:.80}"
+    if task not in VERIFIERS:
+        nearest = process.extractOne(task[:80], TASKS)
+        return f"task: no verifier for {task!r:.80}; did you mean {nearest[0] if nearest else TASKS[0]!r}?"
+    if not isinstance(completion, str):
+        return f"completion: expected a text, found {type(completion).__name__}"
+    if isinstance(reference, str):
+        return f"reference: no JSON object: {reference!r:.80}"
+    if not isinstance(reference, Mapping):
+        return f"reference: expected an object, found {type(reference).__name__}"
+    return None
+
+
+def _guarded(verify: Verify, task: str, completion: str, reference: Mapping[str, Any]) -> Verdict:
+    try:
+        return verify(completion, reference)
+    except Exception as bug:  # a bug of ours on one row in a million must not cost the other rows
+        return Verdict.error(f"{task}: the verifier failed ({type(bug).__name__}: {bug!s:.200}); please report this")
