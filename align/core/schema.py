@@ -30,11 +30,14 @@ class Schema:
     """The columns seen so far and their types; grows as rows come.
 
     Attributes:
+        kind: of the rows.
+        lenient: for rows from outside: a column of mixed types becomes text, and nothing is required.
         arrow: the schema as it is now.
     """
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Kind, lenient: bool = False) -> None:
         self.kind = kind
+        self.lenient = lenient
         self.arrow = pa.schema([(name, _type_of(name, [])) for name in COLUMNS[kind]])
 
     def table(self, rows: Sequence[Row], first_row: int) -> tuple[pa.Table, bool]:
@@ -51,7 +54,7 @@ class Schema:
         arrays: dict[str, pa.Array] = {}
         for name in names:
             values = [row.get(name) for row in rows]
-            if name in _NEVER_NULL and name in COLUMNS[self.kind] and None in values:
+            if name in _NEVER_NULL and name in COLUMNS[self.kind] and None in values and not self.lenient:
                 raise DataError(f"row {first_row + values.index(None)}: has no {name!r}, which {self.kind.value} need")
             arrays[name] = self._column(name, values, first_row)
         before = self.arrow
@@ -71,9 +74,13 @@ class Schema:
         if self._holds_messages(name):
             values = [_stored_messages(v, name, first_row + i) for i, v in enumerate(values)]
         fixed = _type_of(name, values) if self._is_fixed(name) else None
+        if fixed is None and self.lenient and name in self.arrow.names and self.arrow.field(name).type == _TEXT:
+            values = [_as_text(v) for v in values]
         try:
             return pa.array(values, fixed) if fixed is not None else pa.array([_hollow(v) for v in values])
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as problem:
+            if fixed is None and self.lenient:
+                return pa.array([_as_text(v) for v in values], _TEXT)
             raise _misfit(name, values, fixed, first_row, str(problem)) from problem
 
     def _grown(self, name: str, array: pa.Array, first_row: int) -> pa.DataType:
@@ -84,6 +91,8 @@ class Schema:
         try:
             return pa.unify_schemas([one, other], promote_options="permissive").field(0).type
         except pa.ArrowException as problem:
+            if self.lenient and not self._is_fixed(name) and not pa.types.is_nested(known):
+                return _TEXT
             raise DataError(
                 f"rows {first_row} to {first_row + len(array) - 1}, column {name!r}: {array.type} was found, and the "
                 f"rows before held {known}; one column holds one type: mend the source, or leave the column out"
@@ -124,6 +133,10 @@ def _stored_messages(value: Any, name: str, row: int) -> Any:
             turn = turn | {"tool_calls": json.dumps(turn["tool_calls"], ensure_ascii=False)}
         stored.append({key: part for key, part in turn.items() if part is not None})
     return stored
+
+
+def _as_text(value: Any) -> Any:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _hollow(value: Any) -> Any:

@@ -160,6 +160,14 @@ class Table:
         """The names of the columns; a column that only some files have counts, and is None in the others' rows."""
         return tuple(dict.fromkeys(name for file in self.files for name in _parquet(file).schema_arrow.names))
 
+    def has_messages(self, column: str) -> bool:
+        """Whether the column is there and holds messages, rather than text."""
+        return column in self.columns and all(
+            _fields(_parquet(file).schema_arrow.field(column).type) >= {"role", "content"}
+            for file in self.files
+            if column in _parquet(file).schema_arrow.names
+        )
+
     def __len__(self) -> int:
         if self._length is None:
             self._length = sum(_parquet(file).metadata.num_rows for file in self.files)
@@ -211,7 +219,7 @@ def _rows_of_file(file: Path, names: Sequence[str]) -> Iterator[Row]:
 
     with _parquet(file) as parquet:
         present = [name for name in names if name in parquet.schema_arrow.names]
-        talk = [name for name in present if _has_optional_fields(parquet.schema_arrow.field(name).type)]
+        talk = [name for name in present if _fields(parquet.schema_arrow.field(name).type) > {"role", "content"}]
         try:
             for batch in parquet.iter_batches(batch_size=1000, columns=present):
                 for row in batch.to_pylist():
@@ -222,14 +230,13 @@ def _rows_of_file(file: Path, names: Sequence[str]) -> Iterator[Row]:
             raise DataError(f"{file}: is damaged ({problem}); make or copy it again") from problem
 
 
-def _has_optional_fields(kind: Any) -> bool:
-    """Whether a column holds messages with more fields than role and content."""
+def _fields(kind: Any) -> set[str]:
+    """The names of the fields of a column of lists of structs, such as messages; empty for any other column."""
     import pyarrow as pa
 
     if not pa.types.is_list(kind) or not pa.types.is_struct(kind.value_type):
-        return False
-    fields = {field.name for field in kind.value_type}
-    return {"role", "content"} < fields
+        return set()
+    return {field.name for field in kind.value_type}
 
 
 def _message(stored: dict[str, Any]) -> dict[str, Any]:

@@ -44,20 +44,38 @@ class DatasetWriter:
     doesn't have get the type that their values show; where later rows widen a type or bring a column, the shards
     written before are rewritten at the end, so that all have one schema.
 
+    Args:
+        folder: the dataset's folder.
+        kind: of the rows.
+        card: what its card says.
+        shard_bytes: a shard is complete when it has grown to this size.
+        lenient: for rows from outside: a column of mixed types becomes text, and nothing is required.
+
+    Attributes:
+        card: what the card says; read at the end.
+        count: rows taken so far.
+
     Raises:
         DataError: a value doesn't fit its column; the message names row and column.
         RunError: the disk is full, or the folder can't be written to.
     """
 
-    def __init__(self, folder: Path, kind: Kind, card: Card | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: Kind,
+        card: Card | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        lenient: bool = False,
+    ) -> None:
         from align.core.schema import Schema
 
         self.folder = folder
         self.kind = kind
         self.count = 0
-        self._card = card or Card(title=folder.name)
+        self.card = card or Card(title=folder.name)
         self._shard_bytes = shard_bytes
-        self._schema: Schema = Schema(kind)
+        self._schema: Schema = Schema(kind, lenient)
         self._rows: list[Row] = []
         self._characters = 0
         self._writer: Any = None
@@ -141,7 +159,7 @@ class DatasetWriter:
             if not schema.equals(self._schema.arrow):
                 self._rewrite(self._shard(number))
         columns = {column.name: str(column.type) for column in self._schema.arrow}
-        text = card_text(self._card, self.kind, columns, self._counts, self.count)
+        text = card_text(self.card, self.kind, columns, self._counts, self.count)
         replace_file(self.folder / "README.md", text)
 
     def _rewrite(self, shard: Path) -> None:
