@@ -28,6 +28,8 @@ _FUNCTIONS = {
     r"\ln": cmath.log,
 }
 
+_OPERATION = re.compile(r"\d[\s)%]*[-+−*/^÷×·xX]")
+
 Number = Fraction | complex
 
 
@@ -53,8 +55,10 @@ def equations(text: str) -> list[Equation]:
     for line in text.split("\n"):
         sides = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).split("=")
         for left, right in pairwise(sides):
+            if not _OPERATION.search(left, max(0, len(left) - MOST_CHARACTERS)):
+                continue
             equation = _equation(_last_expression(left), _first_expression(right))
-            if re.search(r"\d\s*[-+*/^÷]", _ascii(equation.left)) and value(equation.right) is not None:
+            if _OPERATION.search(_ascii(equation.left)) and value(equation.right) is not None:
                 found += [equation] if value(equation.left) is not None else []
     return found
 

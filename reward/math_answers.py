@@ -98,7 +98,7 @@ def _in_sentence(text: str) -> str | None:
     if re.match(r"\s*[-+*/=^×÷]\s*[\d$(]", after):  # "the answer is 3 + 4 = 7"
         return sentence.rpartition("=")[2] if "=" in after else sentence
     several = re.search(r"\b(?:or|and|to)\b[^.]*\d", after)
-    return None if several else number[0] + _unit(after)
+    return None if several else number[0].rstrip(".") + _unit(after)
 
 
 def _unit(after: str) -> str:
