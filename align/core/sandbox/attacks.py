@@ -1,0 +1,77 @@
+"""Attacks that the sandbox runs against itself at the start: a level is only claimed if all of them fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from align.core.sandbox.slot import Slot
+
+_CODE = """
+import ctypes, os, signal, socket, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+
+def refused(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+
+def read(path): open(path).read()
+def write(path): open(path, "w").write("x")
+def list_folder(path): os.listdir(path)
+def connect(port): socket.create_connection(("127.0.0.1", port), 2)
+def signal_process(pid): os.kill(pid, 0)
+def signal_all(_): os.kill(-1, 0)
+def start_process(_): os.fork()
+def execute(path): os.execv(path, [path])
+def trace(pid): refused(libc.ptrace(16, pid, 0, 0))
+def make_namespace(_): refused(libc.unshare(0x10000000))
+
+def attempt(name, argument):
+    try:
+        globals()[name](argument)
+    except (OSError, ImportError, AttributeError, subprocess.SubprocessError):
+        return False
+    return True
+
+def environment():
+    return sorted(os.environ)
+"""
+
+
+def successful_attacks(slot: Slot) -> list[str]:
+    """The attacks that got through; the canary file and the listening socket are made for the purpose and removed.
+
+    Raises:
+        Trouble: the slot can't run anything.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(socket.socket()) as listener:
+        canary = Path(folder) / "canary"
+        canary.write_text("secret")
+        canary.chmod(0o600)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        attacks = [
+            ("read", str(canary)),
+            ("write", str(canary)),
+            ("write", "/dev/shm/align-sandbox-canary"),
+            ("list_folder", folder),
+            ("connect", listener.getsockname()[1]),
+            ("signal_process", os.getpid()),
+            ("signal_all", 0),
+            ("start_process", 0),
+            ("execute", "/bin/true"),
+            ("trace", os.getpid()),
+            ("make_namespace", 0),
+        ]
+        answers = slot.call(_CODE, [*(("attempt", a, {}) for a in attacks), ("environment", (), {})])
+    if len(answers.values) != len(attacks) + 1:
+        return [f"the probe did not finish ({answers.raised or answers.ended or answers.timeout})"]
+    *outcomes, environment = answers.values
+    found = [f"{name}({argument!r})" for (name, argument), done in zip(attacks, outcomes, strict=True) if done]
+    foreign = set(environment) - {"LANG", "HOME", "PATH", "PYTHONHASHSEED", "LC_CTYPE"}
+    return found + [f"environment has {name}" for name in sorted(foreign)]

@@ -1,0 +1,220 @@
+"""Runs tests, in a confined child that the solution does not share.
+
+The solution's functions and objects are proxies; names of the language and of the standard library mean the real ones,
+whatever the solution defines under the same name, so that a test of `abs(f(x) - y) < 1e-6` can't be met by another `abs`.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import importlib
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from align.core.sandbox.inside.codec import Channel, CodecError
+from align.core.sandbox.inside.proxies import MAX_DETAIL, Solution, SolutionLost
+
+# Modules that a test may use without importing them, since their functions only compute.
+MODULES = frozenset(
+    "bisect cmath collections copy datetime decimal fractions functools heapq itertools math operator random re "
+    "statistics string sys typing".split()
+)
+_SAFE_FROM = frozenset("cmath collections datetime decimal fractions itertools math string statistics".split())
+
+
+class _BrokenTests(Exception):  # noqa: N818
+    """The tests can't run, whatever the solution."""
+
+
+class _Failed(Exception):  # noqa: N818
+    """What comes before the first test failed on the solution; the argument is the frame's content."""
+
+
+def run(channel: Channel, line: Channel, job: dict[str, Any]) -> None:
+    """Run the tests of a job and tell the broker the result, once.
+
+    Frames: `{"passed": n, "opaque": what}`, `{"failed": i, "detail": …}` (of the first that fails),
+    `{"broken": detail}` where the tests themselves can't run, `{"lost": detail, "test": i}`.
+    """
+    warnings.simplefilter("ignore")
+    sys.modules.pop("__main__", None)
+    first = line.receive()
+    if first is None or "taken" not in first:
+        channel.send({"refused": (first or {}).get("refused")})
+        return
+    try:
+        first = line.receive()
+    except CodecError as error:
+        channel.send({"lost": str(error), "test": 0})
+        return
+    if first is None:
+        channel.send({"lost": "it ended while loading", "test": 0})
+        return
+    if "loaded" not in first:
+        channel.send({"failed": 0, "raised": first.get("raised"), "in": first.get("in")})
+        return
+    solution = Solution(line)
+    index = 0
+    try:
+        namespace = _namespace(solution, job)
+        for index, test in enumerate(job["tests"], 1):
+            failure = _one(solution, namespace, test, index, job["entry_point"])
+            if failure:
+                channel.send({"failed": index, **failure})
+                return
+            if solution.opaque:
+                channel.send({"opaque": solution.opaque, "test": index})
+                return
+    except SolutionLost as lost:
+        channel.send({"lost": str(lost)[:MAX_DETAIL], "test": index})
+    except _Failed as failed:
+        channel.send({"failed": 0, **failed.args[0]})
+    except _BrokenTests as error:
+        channel.send({"broken": str(error)[:MAX_DETAIL]})
+    else:
+        channel.send({"passed": len(job["tests"])})
+
+
+def _one(
+    solution: Solution, namespace: dict[str, Any], test: str, index: int, entry_point: str | None
+) -> dict[str, Any] | None:
+    """Run one test; what went wrong, or None."""
+    solution.raised = None
+    try:
+        exec(_compile(test, f"<test {index}>"), namespace)
+        if entry_point is not None:
+            if "check" not in namespace:
+                raise _BrokenTests("the tests define no function 'check'")
+            if entry_point not in namespace:
+                return {"missing": entry_point}
+            namespace["check"](namespace[entry_point])
+    except (SolutionLost, _BrokenTests):
+        raise
+    except (ImportError, SyntaxError) as error:
+        if solution.raised is None:
+            raise _BrokenTests(f"test {index} can't run here: {type(error).__name__}: {error}") from None
+        return {"raised": solution.raised, "line": _line(error, test)}
+    except NameError as error:
+        if solution.raised is None and error.name:
+            return {"missing": error.name, "line": _line(error, test)}
+        return {"raised": solution.raised, "line": _line(error, test)}
+    except BaseException as error:
+        line = _line(error, test)
+        if solution.raised is not None and type(error).__name__ == solution.raised.get("type"):
+            return {"raised": solution.raised, "line": line}
+        what = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"[:MAX_DETAIL]
+        return {"line": line, "what": what}
+    return None
+
+
+def _line(error: BaseException, test: str) -> str:
+    """The line of the test where an exception passed."""
+    steps = [s for s in traceback.extract_tb(error.__traceback__) if s.filename.startswith("<test")]
+    lines = test.splitlines()
+    number = steps[-1].lineno if steps else None
+    return lines[number - 1].strip()[:MAX_DETAIL] if number and number <= len(lines) else ""
+
+
+def _compile(source: str, name: str) -> Any:
+    try:
+        return compile(source, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise _BrokenTests(f"{name} does not compile: {error}") from None
+
+
+def _namespace(solution: Solution, job: dict[str, Any]) -> dict[str, Any]:
+    """The globals of the tests: trusted names first, the solution's for the rest; then the setup code has run in it."""
+    sources = [job["setup_after"], *job["tests"]]
+    trees = []
+    for number, source in enumerate(sources):
+        try:
+            trees.append(ast.parse(source))
+        except (SyntaxError, ValueError) as error:
+            where = f"test {number}" if number else "setup_after"
+            raise _BrokenTests(f"{where} does not compile: {error}") from None
+    used = {
+        n.id
+        for tree in [*trees, *map(_tree, (job["setup"], job["given"]))]
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Name)
+    }
+    if job["entry_point"] is not None:
+        used.add(job["entry_point"])
+    dotted = {
+        n.value.id
+        for tree in trees
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    }
+    namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+    for source in (job["setup"], job["given"]):
+        _run_trusted(source, namespace, job["entry_point"])
+    for name in dotted & MODULES - namespace.keys():
+        namespace[name] = importlib.import_module(name)
+    under_test = _builtins_under_test(trees) | {job["entry_point"]}
+    helpers = used - namespace.keys() | under_test & used
+    for name, (module, attribute) in _imported_from(job["code"]).items():
+        if name in helpers and name not in under_test and module in _SAFE_FROM:
+            with contextlib.suppress(ImportError, AttributeError):
+                namespace[name] = getattr(importlib.import_module(module), attribute)
+                helpers.discard(name)
+    wanted = sorted(n for n in helpers if n in under_test or not hasattr(builtins, n))
+    # proxies needed by trusted helpers too, such as a class that the setup's functions build
+    namespace.update(solution.names(wanted))
+    try:
+        exec(_compile(job["setup_after"], "<setup_after>"), namespace)
+    except (SolutionLost, _BrokenTests):
+        raise
+    except NameError as error:
+        raise _Failed({"missing": error.name}) from None
+    except BaseException as error:
+        if solution.raised is not None:
+            raise _Failed({"raised": solution.raised}) from None
+        raise _BrokenTests(f"setup_after raised {type(error).__name__}: {error}") from None
+    return namespace
+
+
+def _tree(source: str) -> ast.Module:
+    """The syntax tree of a source; an empty one where it does not compile."""
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
+
+
+def _run_trusted(source: str, namespace: dict[str, Any], entry_point: str | None) -> None:
+    """Run the setup, or the given part of a prompt, here too, without its classes: objects of them must be the
+    solution's. What can't run alone is left to the solution's process."""
+    tree = _tree(source)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    tree.body = [
+        n
+        for n in tree.body
+        if not isinstance(n, ast.ClassDef) and not (isinstance(n, functions) and n.name == entry_point)
+    ]
+    with contextlib.suppress(Exception):
+        exec(compile(tree, "<setup>", "exec", dont_inherit=True), namespace)
+
+
+def _builtins_under_test(trees: list[ast.Module]) -> set[str]:
+    """Names of built-in functions that are what is tested, as in `assert sum(10, 15) == 6`: the tests call no others."""
+    called = {
+        n.func.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
+    if any(not hasattr(builtins, name) for name in called):
+        return set()
+    return {name for name in called if not isinstance(getattr(builtins, name), type)}
+
+
+def _imported_from(code: str) -> dict[str, tuple[str, str]]:
+    """What the solution imports by `from module import name as other`: {other: (module, name)}."""
+    return {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in _tree(code).body
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        for alias in node.names
+    }

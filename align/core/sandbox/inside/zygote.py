@@ -1,0 +1,135 @@
+"""The zygote: a small interpreter that isolates itself, then forks once per execution, and reaps.
+
+It never sees a solution, a test or a value: those pass between its children and the broker over sockets of their own.
+Protocol of the control socket, one JSON object a line: the zygote says `{"ready": …}` or `{"refused": …}` once; the
+broker sends `{"spawn": limits}` with the child's descriptors, and perhaps `{"kill": true}`; the zygote answers each
+spawn with `{"ended": status, "cpu_s": …}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any, NoReturn
+
+from align.core.sandbox.inside import Refused, checker, isolation, runner
+from align.core.sandbox.inside.codec import Channel, Descriptor
+
+# What solutions import, loaded once before the forks. The rest of the library can be imported too, at its own cost.
+WARM = (
+    "abc", "array", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy", "dataclasses",
+    "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io", "itertools", "json", "math",
+    "numbers", "operator", "queue", "random", "re", "statistics", "string", "struct", "sys", "textwrap", "threading",
+    "time", "types", "typing", "unicodedata", "warnings", "linecache", "traceback", "encodings.idna", "encodings.latin_1",
+    "encodings.ascii",
+)  # fmt: skip
+
+
+def main(control_fd: int, level: int) -> NoReturn:
+    """Serve until the broker closes the control socket."""
+    control = socket.socket(fileno=control_fd)
+    for name in WARM:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    os.environ.pop("LD_LIBRARY_PATH", None)  # the interpreter may have needed it to start
+    in_use = isolation.memory_in_use()
+    try:
+        isolation.enter(level)
+    except Refused as refused:
+        _say(control, {"refused": [refused.step, refused.code]})
+        os._exit(3)
+    wake, woken = socket.socketpair()
+    wake.setblocking(False)
+    woken.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    gc.collect()
+    gc.freeze()
+    _say(control, {"ready": os.getpid()})
+    lines = b""
+    child = 0
+    while True:
+        descriptors: list[int] = []
+        ready, _, _ = select.select([control, woken], [], [])
+        if woken in ready:
+            with contextlib.suppress(BlockingIOError):
+                woken.recv(64)
+        if control in ready:
+            data, descriptors, _, _ = socket.recv_fds(control, 4096, 8)
+            if not data:
+                if child:
+                    os.kill(child, signal.SIGKILL)
+                os._exit(0)
+            lines += data
+        while b"\n" in lines:
+            line, lines = lines.split(b"\n", 1)
+            request = json.loads(line)
+            if "spawn" in request:
+                child = _spawn(level, request["spawn"], in_use, descriptors)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            elif child:
+                os.kill(child, signal.SIGKILL)
+        if child:
+            pid, status, usage = os.wait4(child, os.WNOHANG)
+            if pid:
+                child = 0
+                _say(control, {"ended": status, "cpu_s": usage.ru_utime + usage.ru_stime})
+
+
+def _say(control: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        control.sendall(json.dumps(message).encode() + b"\n")
+    except OSError:  # the broker is gone, and so is the need to go on
+        os._exit(0)
+
+
+def _spawn(level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> int:
+    pid = isolation.fork(level)
+    if pid:
+        return pid
+    try:
+        _child(level, limits, in_use, descriptors)
+    finally:
+        os._exit(1)
+
+
+def _child(level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # 0 input, 1 output, 2 errors, 3 the broker, 4 the other child (in tests that use the solution's objects)
+    high = [os.dup(d) for d in descriptors]
+    for target, source in enumerate(high):
+        os.dup2(source, target, inheritable=False)
+    os.closerange(len(high), 1024)
+    for number in range(3, len(high)):
+        os.set_blocking(number, True)
+    channel = Channel(Descriptor(3))
+    try:
+        isolation.confine(level, limits["cpu_s"], in_use + limits["memory_bytes"])
+    except Exception as error:
+        channel.send({"refused": error.args if isinstance(error, Refused) else repr(error)})
+        os._exit(3)
+    for name in [n for n in sys.modules if n.split(".")[0] == "align"]:
+        del sys.modules[name]
+    job = channel.receive()
+    if job is None:
+        os._exit(4)
+    channel.send({"taken": True})
+    if job["role"] == "check":
+        checker.run(channel, Channel(Descriptor(4)), job)
+    elif job["role"] == "serve":
+        runner.serve(channel, job)
+    elif job["role"] == "program":
+        runner.program(channel, job)
+    else:
+        runner.call(channel, job)
+    os._exit(0)

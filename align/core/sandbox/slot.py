@@ -1,0 +1,549 @@
+"""The broker's side of the sandbox: a zygote, and a slot that has executions done and never believes what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from align.core.errors import SandboxError
+from align.core.sandbox.inside.codec import MAX_BYTES, Channel, CodecError, Reader, TooHeavy, to_json
+
+T = TypeVar("T")
+
+START_TIMEOUT_S = 60.0
+REPORT_TIMEOUT_S = 20.0
+KEPT_OUTPUT, MAX_OUTPUT = 64 << 10, 64 << 20
+# A value up to this size is rebuilt and compared in the broker; a larger one where it can be killed.
+LIGHT_BYTES, LIGHT_TOTAL, LIGHT_HASHED = 1 << 20, 4 << 20, 2_000
+
+_BOOT = """
+import sys, types
+for name, path in {packages!r}:
+    module = types.ModuleType(name)
+    module.__path__ = [path]
+    sys.modules[name] = module
+from align.core.sandbox.inside.zygote import main
+main({control}, {level})
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one execution may use.
+
+    Attributes:
+        cpu_s: seconds of CPU time; what decides about a timeout.
+        wall_s: seconds of the clock, the backstop for programs that sleep.
+        memory_mb: address space beyond the interpreter's own, MiB.
+    """
+
+    cpu_s: float = 5.0
+    wall_s: float = 30.0
+    memory_mb: int = 512
+
+
+class Closed(SandboxError):
+    """The sandbox was closed while an execution was under way."""
+
+
+class Trouble(Exception):  # noqa: N818
+    """The machinery failed, whatever the solution: worth one more try."""
+
+
+class Refusal(Exception):  # noqa: N818
+    """A zygote could not isolate itself: the step and the errno."""
+
+    def __init__(self, step: str, code: int) -> None:
+        super().__init__(step, code)
+        self.step, self.code = step, code
+
+
+class Zygote:
+    """A fresh interpreter that has isolated itself and forks once per execution.
+
+    Raises:
+        Refusal: it can't reach the level on this machine.
+        Trouble: it did not start.
+    """
+
+    def __init__(self, level: int) -> None:
+        here = Path(__file__).resolve().parent
+        stubs = [("align", here.parents[1]), ("align.core", here.parent), ("align.core.sandbox", here)]
+        self.control, theirs = socket.socketpair()
+        code = _BOOT.format(packages=[(n, str(p)) for n, p in stubs], control=theirs.fileno(), level=level)
+        environment = {"LANG": "C.UTF-8", "HOME": "/tmp", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        # Not -I: it would drop the fixed hash seed, which makes verdicts repeatable; the environment is clean anyway.
+        command = [getattr(sys, "_base_executable", "") or sys.executable, "-s", "-P", "-S", "-B", "-c", code]
+        with theirs:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        self.lines = b""
+        self.control.settimeout(START_TIMEOUT_S)
+        try:
+            while (message := self.report()) is None:
+                if not self.fill():
+                    said = self.process.communicate()[1].decode(errors="replace").strip()[-500:]
+                    raise Trouble(f"the sandbox's interpreter did not start: {said}")
+        except TimeoutError:
+            self.close()
+            raise Trouble(f"the sandbox's interpreter did not start within {START_TIMEOUT_S:g} s") from None
+        except Trouble:
+            self.close()
+            raise
+        if "refused" in message:
+            self.close()
+            raise Refusal(*message["refused"])
+
+    def fill(self) -> bool:
+        """Read what it said; False if it is gone."""
+        try:
+            data = self.control.recv(4096)
+        except ConnectionError:
+            data = b""
+        self.lines += data
+        return bool(data)
+
+    def report(self) -> dict[str, Any] | None:
+        """Its next message of those read."""
+        if b"\n" not in self.lines:
+            return None
+        line, self.lines = self.lines.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def spawn(self, limits: Limits, descriptors: Sequence[int]) -> None:
+        """Have it fork a child with these descriptors as its 0, 1, 2, …"""
+        request = {"spawn": {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20}}
+        try:
+            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], list(descriptors))
+        except OSError as error:
+            raise Trouble(f"the sandbox's interpreter is gone: {error}") from None
+
+    def kill(self) -> None:
+        """Have it kill its child."""
+        with contextlib.suppress(OSError):
+            self.control.sendall(b'{"kill": true}\n')
+
+    def hang_up(self) -> None:
+        """End the conversation, from any thread; the zygote and its child then end."""
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End it and its child, and wait until they are gone."""
+        self.hang_up()
+        self.control.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stderr:
+            self.process.stderr.close()
+
+
+@dataclass
+class Child:
+    """How one child ended."""
+
+    zygote: Zygote
+    status: int | None = None
+    cpu_s: float = 0.0
+    killed: bool = False
+
+    def how(self) -> str:
+        """For a person: the exit status or the signal."""
+        if self.status is None:
+            return "it vanished"
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
+            return f"killed by {name}"
+        return f"exit status {os.WEXITSTATUS(self.status)}"
+
+    def out_of_cpu(self, limits: Limits) -> bool:
+        """Whether the kernel ended it for its CPU time."""
+        return self._sigkill() and self.cpu_s >= limits.cpu_s - 0.1
+
+    def killed_by_others(self) -> bool:
+        """Whether something that is neither the solution nor the sandbox ended it."""
+        return self._sigkill() and not self.killed
+
+    def _sigkill(self) -> bool:
+        status = self.status
+        return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a solution's functions gave back.
+
+    Attributes:
+        values: of the calls, in order, up to the first that gave none.
+        raised: the exception that ended the calls, as plain data, and where ("setup", "code" or "call").
+        missing: the function that does not exist.
+        heavy: a value can't be rebuilt here (too large, or not plain data): the checker must look at it.
+        timeout: empty, or what ran out.
+        ended: how the process ended, if before its last answer.
+    """
+
+    values: list[Any]
+    raised: Mapping[str, Any] | None = None
+    where: str = ""
+    missing: str = ""
+    heavy: bool = False
+    timeout: str = ""
+    ended: str = ""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What tests said: the checker's last frame, or what ran out, or how the checker ended."""
+
+    frame: Mapping[str, Any]
+    timeout: str = ""
+    ended: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a program wrote, up to the limit that was asked for."""
+
+    text: bytes
+    cut: bool
+    raised: Mapping[str, Any] | None = None
+    timeout: str = ""
+    ended: str = ""
+
+
+class Slot:
+    """One worker's zygotes: one for solutions, one for tests, started when first needed."""
+
+    def __init__(self, level: int, limits: Limits) -> None:
+        self.level = level
+        self.limits = limits
+        self.zygotes: dict[str, Zygote] = {}
+        self.closed = False
+        self.null = os.open(os.devnull, os.O_RDWR)
+
+    def call(
+        self, code: str, calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]], setup: str = ""
+    ) -> Answers:
+        """Run code, then call its functions on plain arguments.
+
+        Args:
+            code: the solution.
+            calls: function name, positional and named arguments.
+            setup: runs before the code, in the same namespace.
+
+        Raises:
+            Trouble: the machinery failed twice.
+            CodecError: an argument is too large to send.
+        """
+        packed = [[name, to_json(list(args)), to_json(dict(kwargs))] for name, args, kwargs in calls]
+        job = {"role": "call", "code": code, "setup": setup, "calls": packed}
+
+        def once() -> Answers:
+            channel, theirs = self._pair(LIGHT_BYTES, LIGHT_TOTAL)
+            with channel.end:
+                child = self._spawn("runner", [self.null, self.null, self.null], [theirs])
+                self._send(channel, job)
+                frames, timeout = self._listen(channel, [child], len(calls) + 1, ("end", "opaque", "unreadable"))
+            last = frames[-1] if frames else {}
+            try:
+                reader = Reader(max_hashed=LIGHT_HASHED)
+                values = [reader.value(f["value"]) for f in frames if "value" in f]
+            except TooHeavy:
+                return Answers([], heavy=True)
+            except CodecError as error:
+                return Answers([], ended=f"it sent {error}")
+            if timeout:
+                return Answers(values, timeout=timeout)
+            if "raised" in last and isinstance(last["raised"], dict):
+                return Answers(values, raised=last["raised"], where=str(last.get("in")))
+            if "missing" in last:
+                return Answers(values, missing=str(last["missing"]))
+            if {"opaque", "unreadable", "heavy"} & last.keys():
+                return Answers(values, heavy=True)
+            if "breach" in last:
+                return Answers(values, ended=f"it sent {last['breach']}")
+            if last.get("end") == len(calls) == len(values):
+                return Answers(values)
+            return Answers(values, ended=child.how())
+
+        return self._twice(once)
+
+    def check(
+        self, code: str, tests: Sequence[str], *, setup: str = "", setup_after: str = "", given: str = "",
+        entry_point: str | None = None,
+    ) -> Checked:  # fmt: skip
+        """Run tests against a solution in two processes that share nothing.
+
+        Args:
+            code: the solution.
+            tests: sources, each run in the tests' own namespace.
+            setup: runs before the solution, and for its functions and imports also on the tests' side.
+            setup_after: runs before the tests, on their side.
+            given: a trusted beginning of the solution, whose helper functions the tests use instead of the solution's.
+            entry_point: call the tests' function `check` with this function of the solution.
+
+        Raises:
+            Trouble: the machinery failed twice.
+            CodecError: the sources are too large to send.
+        """
+        solving = {"role": "serve", "code": code, "setup": setup}
+        testing = {
+            "role": "check", "code": code, "setup": setup, "setup_after": setup_after, "given": given,
+            "tests": list(tests), "entry_point": entry_point,
+        }  # fmt: skip
+
+        def once() -> Checked:
+            line, far = self._pair()
+            channel, theirs = self._pair()
+            with line.end, channel.end:
+                runner = self._spawn("runner", [self.null, self.null, self.null], [far])
+                self._send(line, solving)
+                checker = self._spawn("checker", [self.null, self.null, self.null], [theirs, line.end])
+                line.close()
+                self._send(channel, testing)
+                frames, timeout = self._listen(channel, [checker, runner], 1, ("passed", "failed", "opaque", "broken"))
+            last = frames[-1] if frames else {}
+            if "refused" in last:
+                raise Trouble(f"the sandbox could not be set up: {last['refused']}")
+            return Checked(last, timeout, "" if last else f"the tests' process: {checker.how()}")
+
+        return self._twice(once)
+
+    def program(self, code: str, stdin: bytes, keep: int = KEPT_OUTPUT) -> Output:
+        """Run a program on standard input, and keep the first `keep` bytes that it writes.
+
+        Raises:
+            Trouble: the machinery failed twice.
+            CodecError: the source is too large to send.
+        """
+        job = {"role": "program", "code": code}
+
+        def once() -> Output:
+            channel, theirs = self._pair(LIGHT_BYTES)
+            reading, writing = os.pipe()
+            try:
+                with tempfile.TemporaryFile() as file:
+                    file.write(stdin)
+                    file.seek(0)
+                    try:
+                        child = self._spawn("runner", [file.fileno(), writing, self.null], [theirs])
+                    finally:
+                        os.close(writing)
+                output = _Drain(reading, keep)
+                with channel.end:
+                    self._send(channel, job)
+                    frames, timeout = self._listen(channel, [child], 1, (), output)
+            finally:
+                os.close(reading)
+            last = frames[-1] if frames else {}
+            raised = last.get("raised") if isinstance(last.get("raised"), dict) else None
+            ended = "" if last.get("end") == 0 or raised else child.how()
+            return Output(bytes(output.kept), output.total > keep, raised, timeout, ended)
+
+        return self._twice(once)
+
+    def hang_up(self) -> None:
+        """Make an execution that is under way in another thread end."""
+        self.closed = True
+        for zygote in list(self.zygotes.values()):
+            zygote.hang_up()
+
+    def close(self) -> None:
+        """End the zygotes; no execution may be under way."""
+        self.hang_up()
+        for zygote in self.zygotes.values():
+            zygote.close()
+        self.zygotes.clear()
+        if self.null >= 0:
+            os.close(self.null)
+            self.null = -1
+
+    def _twice(self, once: Callable[[], T]) -> T:
+        """Do it, and once more with new zygotes if the machinery failed."""
+        for last in (False, True):
+            if self.closed:
+                raise Closed("the sandbox is closed")
+            try:
+                return once()
+            except Trouble:
+                self._drop()
+                if last and not self.closed:
+                    raise
+            except BaseException:
+                self._drop()
+                raise
+        raise Closed("the sandbox was closed during an execution")
+
+    def _drop(self) -> None:
+        for zygote in self.zygotes.values():
+            zygote.close()
+        self.zygotes.clear()
+
+    def zygote(self, name: str) -> Zygote:
+        """The zygote of a role, started if need be."""
+        if name not in self.zygotes:
+            try:
+                self.zygotes[name] = Zygote(self.level)
+            except (Refusal, OSError) as error:
+                raise Trouble(f"the sandbox can't be set up any more: {error}") from None
+            if self.closed:
+                self.zygotes[name].hang_up()
+        return self.zygotes[name]
+
+    def _pair(self, max_bytes: int = MAX_BYTES, max_total: int | None = None) -> tuple[Channel, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(START_TIMEOUT_S)
+        return Channel(ours, max_bytes, max_total), theirs
+
+    def _spawn(self, name: str, files: list[int], sockets: list[socket.socket]) -> Child:
+        zygote = self.zygote(name)
+        try:
+            zygote.spawn(self.limits, [*files, *(s.fileno() for s in sockets)])
+        finally:
+            sockets[0].close()
+        return Child(zygote)
+
+    def _send(self, channel: Channel, job: Mapping[str, Any]) -> None:
+        try:
+            channel.send(job)
+        except OSError as error:
+            raise Trouble(f"an execution did not take its job: {error}") from None
+
+    def _listen(
+        self, channel: Channel, children: list[Child], most: int, final: tuple[str, ...], output: _Drain | None = None
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Collect frames until the sender is done or out of time; then see that every child has ended.
+
+        Returns:
+            The frames, without the first that says that the job was taken, and what ran out, if anything. A frame that
+            is malformed is `{"breach": why}`, one that is too large `{"heavy": true}`; they are the last.
+
+        Raises:
+            Trouble: a zygote is gone, or the child that sends could not be set up.
+        """
+        deadline = time.monotonic() + self.limits.wall_s
+        frames: list[dict[str, Any]] = []
+        taken, timeout, open_ = False, "", True
+        poll = select.poll()
+        poll.register(channel, select.POLLIN)
+        for child in children:
+            poll.register(child.zygote.control, select.POLLIN)
+        if output:
+            poll.register(output.descriptor, select.POLLIN)
+        while open_ or (output and output.open):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                timeout = f"{self.limits.wall_s:g} s of time"
+                break
+            ready = {descriptor for descriptor, _ in poll.poll(left * 1000)}
+            if output and output.descriptor in ready:
+                output.read()
+                if not output.open:
+                    poll.unregister(output.descriptor)
+                elif output.total > MAX_OUTPUT:
+                    timeout = f"{MAX_OUTPUT >> 20} MiB of output"
+                    break
+            if channel.fileno() in ready and open_:
+                open_ = channel.fill()
+                for frame in _frames(channel):
+                    if not taken:
+                        if "taken" not in frame:
+                            raise Trouble(f"an execution could not be set up: {frame.get('refused')}")
+                        taken = True
+                        continue
+                    frames.append(frame if len(frames) < most else {"breach": "more answers than there were questions"})
+                    if any(word in frame for word in (*final, "breach", "heavy")) or len(frames) > most:
+                        open_ = False
+                        break
+                if not open_:
+                    poll.unregister(channel)
+            for child in children:
+                if child.zygote.control.fileno() in ready:
+                    self._note(child)
+                    if child.status is not None:
+                        poll.unregister(child.zygote.control)
+        self._finish(children)
+        if not taken:
+            raise Trouble("an execution ended before it took its job")
+        done = bool(frames) and any(word in frames[-1] for word in final)
+        if not done and any(child.out_of_cpu(self.limits) for child in children):
+            timeout = f"{self.limits.cpu_s:g} s of CPU"
+        if not done and not timeout and any(child.killed_by_others() for child in children):
+            raise Trouble("an execution was killed from outside, perhaps for want of memory on this machine")
+        return frames, timeout
+
+    def _note(self, child: Child) -> None:
+        """Take what a zygote said about its child."""
+        if not child.zygote.fill():
+            raise Trouble("the sandbox's interpreter is gone")
+        while (message := child.zygote.report()) is not None:
+            child.status, child.cpu_s = message["ended"], message["cpu_s"]
+
+    def _finish(self, children: list[Child]) -> None:
+        """See every child dead: none outlives its execution."""
+        deadline = time.monotonic() + REPORT_TIMEOUT_S
+        for child in children:
+            if child.status is None:
+                child.killed = True
+                child.zygote.kill()
+            while child.status is None:
+                child.zygote.control.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    self._note(child)
+                except TimeoutError:
+                    raise Trouble("the sandbox's interpreter does not answer") from None
+
+
+class _Drain:
+    """Reads a pipe to its end and keeps the beginning."""
+
+    def __init__(self, descriptor: int, keep: int) -> None:
+        self.descriptor = descriptor
+        self.keep = keep
+        self.kept = bytearray()
+        self.total = 0
+        self.open = True
+
+    def read(self) -> None:
+        data = os.read(self.descriptor, 1 << 16)
+        self.open = bool(data)
+        self.total += len(data)
+        self.kept += data[: max(0, self.keep - len(self.kept))]
+
+
+def _frames(channel: Channel) -> Iterator[dict[str, Any]]:
+    """The frames that have arrived whole."""
+    try:
+        while (frame := channel.take()) is not None:
+            yield frame
+    except TooHeavy:
+        yield {"heavy": True}
+    except CodecError as error:
+        yield {"breach": str(error)}

@@ -1,0 +1,443 @@
+"""Does a program meet its tests? Execution feedback for code (arXiv:2407.10671 section 4.1.2).
+
+The completion is untrusted: it runs in `align.core.sandbox` and hands back values. A test of the form
+`assert f(literals) == literal` is decided here, by comparing plain data; any other test runs in a second process, which the
+solution does not share. A solution that ends early, prints, patches or lies about equality therefore can't pass.
+
+What a reference may be, as the data sets have it:
+    MBPP       `{"tests": ["assert f(1) == 2", …], "setup": "", "setup_after": ""}`: setup runs before the code,
+               setup_after (MBPP's `test_setup_code`) after it
+    HumanEval  `{"check": "def check(candidate): …", "entry_point": "f"}`
+    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …]}`: compared whole, but for white space at the ends of lines and
+               newlines at the end
+each with an optional `prompt`, the code that the completion continues or was given: it runs before the completion, and a
+test that calls its helper functions gets the prompt's, not those of the completion. Give it where there is one:
+HumanEval/32 calls such a helper, and without the prompt has to take the solution's word for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import operator
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self
+
+from align.core.records import Verdict
+from align.core.sandbox import Accept, Answers, Checked, Sandbox, Slot, Trouble
+from align.core.sandbox.inside.codec import CodecError
+
+MAX_DETAIL = 400
+_KEYS = {
+    "tests": {"tests", "setup", "setup_after", "prompt"},
+    "check": {"check", "entry_point", "prompt", "setup"},
+    "io": {"io", "prompt"},
+}
+
+
+class CodeVerifier:
+    """Verifies programs against their tests; a context manager that owns a `Sandbox`.
+
+    Args:
+        workers: executions at the same time; None for the number of usable cores.
+        accept: what isolation is enough, see `Sandbox`.
+        cpu_s: CPU seconds for all tests of one completion (for each input of a program).
+        wall_s: the backstop in seconds of the clock; None for six times `cpu_s`.
+        memory_mb: memory of one execution beyond the interpreter's own, MiB.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        accept: Accept = "isolated",
+        cpu_s: float = 5.0,
+        wall_s: float | None = None,
+        memory_mb: int = 512,
+    ) -> None:
+        self.sandbox = Sandbox(workers, accept=accept, cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory_mb)
+
+    def __enter__(self) -> Self:
+        self.sandbox.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sandbox.close()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The sandbox's level, failed probes and what is unprotected, for manifests."""
+        return self.sandbox.report
+
+    def verify(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
+        """The verdict on one completion: passed, failed, or error for a timeout, an unusable reference, or an opaque
+        result (one that rests on the word of the solution's own objects)."""
+        return self.sandbox.run(lambda slot: _verify(slot, completion, reference))
+
+    def verify_many(self, pairs: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Verdict]:
+        """The verdicts on (completion, reference) pairs, in order, as they come, computed by all workers."""
+        return self.sandbox.map(lambda slot, pair: _verify(slot, *pair), pairs)
+
+
+def extract_code(completion: str, defines: str | None = None) -> str:
+    """The program in a completion: its last fenced Python block that holds code; the whole text if it has no fence.
+
+    Args:
+        completion: text of a model.
+        defines: prefer the last block that defines this function over one that only uses it.
+    """
+    blocks = _fenced_blocks(completion)
+    python = [code for language, code in blocks if language in ("python", "py", "python3")]
+    found = python or [code for language, code in blocks if not language]
+    if not found:
+        return completion
+    defining = [code for code in found if defines and _defines(code, defines)]
+    return (defining or found)[-1]
+
+
+def _fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of each fenced block with content; a fence left open ends with the text."""
+    blocks: list[tuple[str, str]] = []
+    fence, language, indent, lines = "", "", "", list[str]()
+    for line in text.splitlines():
+        if not fence:
+            opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*\{?\.?(\w*)[^`]*$", line)
+            if opening:
+                indent, fence, language = opening[1], opening[2], opening[3].lower()
+                lines = []
+        elif re.match(rf"^\s*{re.escape(fence[0])}{{{len(fence)},}}\s*$", line):
+            blocks.append((language, "\n".join(lines)))
+            fence = ""
+        else:
+            lines.append(line.removeprefix(indent))
+    if fence:
+        blocks.append((language, "\n".join(lines)))
+    return [(name, code + "\n") for name, code in blocks if _holds_code(code)]
+
+
+def _holds_code(text: str) -> bool:
+    return any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines())
+
+
+def _defines(code: str, name: str) -> bool:
+    return (
+        re.search(rf"^(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*[:=]", code, re.M)
+        is not None
+    )
+
+
+@dataclass(frozen=True)
+class _Expectation:
+    """One test that is decided here: call a function, compare what it gives.
+
+    Attributes:
+        source: the test, for a person.
+        name, args, kwargs: the call.
+        holds: whether the value is right.
+    """
+
+    source: str
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    holds: Callable[[Any], bool]
+
+
+def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
+    problem = _problem(reference)
+    if problem:
+        return Verdict.error(f"reference: {problem}")
+    try:
+        if "io" in reference:
+            return _verify_program(slot, reference.get("prompt", "") + extract_code(completion), reference["io"])
+        return _verify_functions(slot, completion, reference)
+    except Trouble as trouble:
+        return Verdict.error(_line(f"sandbox: {trouble}"))
+    except CodecError as error:
+        return Verdict.error(_line(f"can't be run: {error}"))
+
+
+def _problem(reference: Mapping[str, Any]) -> str:
+    """What is wrong with a reference; empty if nothing is."""
+    if not isinstance(reference, Mapping):
+        return f"a {type(reference).__name__}, but an object was expected"
+    kinds = [kind for kind in _KEYS if kind in reference]
+    if len(kinds) != 1:
+        return f"has the keys {sorted(map(str, reference))}, but exactly one of 'tests', 'check', 'io' was expected"
+    unknown = reference.keys() - _KEYS[kinds[0]]
+    if unknown:
+        return f"unknown keys {sorted(map(str, unknown))}; {kinds[0]!r} goes with {sorted(_KEYS[kinds[0]])}"
+    for key in reference.keys() - {"tests", "io"}:
+        if not isinstance(reference[key], str):
+            return f"{key!r} is a {type(reference[key]).__name__}, but a string was expected"
+    if kinds[0] == "check":
+        name = reference.get("entry_point", "")
+        return "" if name.isidentifier() else f"'entry_point' is {name!r}, but a function's name was expected"
+    items = reference[kinds[0]]
+    if not isinstance(items, list | tuple) or not items:
+        return f"{kinds[0]!r} is {str(items)[:60]!r}, but a list with at least one entry was expected"
+    for number, item in enumerate(items, 1):
+        if kinds[0] == "tests" and not isinstance(item, str):
+            return f"test {number} is a {type(item).__name__}, but a string was expected"
+        if kinds[0] == "io" and not (
+            isinstance(item, Mapping)
+            and item.keys() == {"stdin", "stdout"}
+            and all(isinstance(v, str) for v in item.values())
+        ):
+            return f"io {number} is not an object with the strings 'stdin' and 'stdout'"
+    return ""
+
+
+def _verify_functions(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
+    entry_point: str | None = reference.get("entry_point")
+    try:
+        if entry_point is None:
+            tests = tuple(reference["tests"])
+            expectations = _from_asserts(tests)
+            name = _tested_name(tests)
+        else:
+            tests = (reference["check"],)
+            expectations = _from_check(reference["check"], entry_point)
+            name = entry_point
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return Verdict.error(_line(f"reference: the tests do not compile: {error}"))
+    code = extract_code(completion, name)
+    setup, given = reference.get("setup", ""), reference.get("prompt", "")
+    if name and given:
+        if _defines(code, name):
+            setup = f"{setup}\n{given}" if _compiles(given) else setup
+        else:
+            code = given + code
+    after = reference.get("setup_after", "")
+    if expectations is not None and not after.strip():
+        answers = slot.call(code, [(e.name, e.args, e.kwargs) for e in expectations], setup)
+        if not answers.heavy:
+            return _judge(answers, expectations)
+    checked = slot.check(
+        code, tests, setup=setup, setup_after=after, given=given if _compiles(given) else "", entry_point=entry_point
+    )
+    return _judge_check(checked, tests, entry_point)
+
+
+def _judge(answers: Answers, expectations: Sequence[_Expectation]) -> Verdict:
+    for number, (value, expected) in enumerate(zip(answers.values, expectations, strict=False), 1):
+        try:
+            right = expected.holds(value)
+        except Exception:
+            right = False
+        if not right:
+            return Verdict.of(False, _line(f"test {number}: {expected.source}: got {_show(value)}"))
+    number = len(answers.values) + 1
+    test = f"test {number}: {expectations[number - 1].source}" if number <= len(expectations) else "the end"
+    if answers.timeout:
+        return Verdict.error(_line(f"timeout: more than {answers.timeout} at {test}"))
+    if answers.raised is not None:
+        return _judge_raised(answers.raised, answers.where, test)
+    if answers.missing:
+        return Verdict.of(False, _line(f"{test}: the program defines no {answers.missing!r}"))
+    if answers.ended:
+        return Verdict.of(False, _line(f"{test}: the program ended before it answered ({answers.ended})"))
+    if len(answers.values) != len(expectations):
+        return Verdict.error("sandbox: the number of answers is not the number of tests")
+    return Verdict.of(True, f"{len(expectations)} tests passed")
+
+
+def _judge_check(checked: Checked, tests: Sequence[str], entry_point: str | None) -> Verdict:
+    frame = checked.frame
+    number = frame.get("failed") or frame.get("test") or 0
+    place = f"test {number}" if number else "before the first test"
+    source = str(frame.get("line") or (tests[number - 1] if number and entry_point is None else ""))
+    where = f"{place}: {source}" if source else place
+    if checked.timeout:
+        return Verdict.error(_line(f"timeout: more than {checked.timeout} at {where}"))
+    if frame.get("passed") == len(tests):
+        return Verdict.of(True, f"{len(tests)} tests passed")
+    if "broken" in frame:
+        return Verdict.error(_line(f"reference: {frame['broken']}"))
+    if "opaque" in frame:
+        return Verdict.error(_line(f"opaque: {where} rests on {frame['opaque']}"))
+    if "lost" in frame:
+        return Verdict.of(False, _line(f"{where}: the program gave no answer ({frame['lost']})"))
+    if "missing" in frame:
+        return Verdict.of(False, _line(f"{where}: the program defines no {frame['missing']!r}"))
+    if isinstance(frame.get("raised"), Mapping):
+        return _judge_raised(frame["raised"], str(frame.get("in", "call")), where)
+    if "failed" in frame:
+        what = frame.get("what") or "the test does not hold"
+        return Verdict.of(False, _line(f"{where}: {what}"))
+    return Verdict.error(_line(f"sandbox: {checked.ended or 'the tests gave no result'}"))
+
+
+def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
+    message = f"{raised.get('type')}: {raised.get('message')}"
+    line = f" (line {raised['line']})" if raised.get("line") else ""
+    if where == "setup":
+        return Verdict.error(_line(f"reference: setup raised {message}"))
+    if where == "code":
+        compiles = raised.get("type") not in ("SyntaxError", "IndentationError", "TabError")
+        what = "the program raised" if compiles else "does not compile:"
+        return Verdict.of(False, _line(f"{what} {message}{line}"))
+    return Verdict.of(False, _line(f"{test}: raised {message}{line}"))
+
+
+def _verify_program(slot: Slot, code: str, cases: Sequence[Mapping[str, str]]) -> Verdict:
+    for number, case in enumerate(cases, 1):
+        expected = _normal(case["stdout"])
+        output = slot.program(
+            code, case["stdin"].encode("utf-8", "surrogatepass"), 2 * len(case["stdout"]) + (64 << 10)
+        )
+        text = output.text.decode("utf-8", "replace")
+        if output.timeout:
+            return Verdict.error(_line(f"timeout: more than {output.timeout} on input {number}"))
+        if output.raised is not None:
+            return _judge_raised(output.raised, "call", f"input {number}")
+        if output.ended not in ("", "exit status 0"):
+            return Verdict.of(False, f"input {number}: the program ended early ({output.ended})")
+        if output.cut or _normal(text) != expected:
+            return Verdict.of(False, _line(f"input {number}: wrote {_show(text)}, expected {_show(case['stdout'])}"))
+    return Verdict.of(True, f"{len(cases)} inputs passed")
+
+
+def _normal(text: str) -> str:
+    """Without white space at the ends of lines and newlines at the end."""
+    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n")).rstrip("\n")
+
+
+_OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _from_asserts(tests: tuple[str, ...]) -> tuple[_Expectation, ...] | None:
+    """The tests as expectations; None where one of them is of another form."""
+    found: list[_Expectation] = []
+    for test in tests:
+        statements = ast.parse(textwrap.dedent(test)).body
+        for statement in statements:
+            expectation = _expectation(statement, None, None)
+            if expectation is None:
+                return None
+            found.append(expectation)
+        if len(statements) != 1:
+            return None
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _from_check(check: str, entry_point: str) -> tuple[_Expectation, ...] | None:
+    """A `check` function whose body is a list of asserts, as expectations; None for any other."""
+    found: list[_Expectation] = []
+    body: list[ast.stmt] = []
+    for statement in ast.parse(check).body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "check" and not body:
+            arguments = statement.args
+            if len(arguments.args) != 1 or arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
+                return None
+            parameter, body = arguments.args[0].arg, statement.body
+        elif not (isinstance(statement, ast.Assign) and _literal(statement.value)[0]):
+            return None
+    for statement in body:
+        if (
+            isinstance(statement, ast.Assert)
+            and isinstance(statement.test, ast.Constant)
+            and statement.test.value is True
+        ):
+            continue
+        expectation = _expectation(statement, parameter, entry_point)
+        if expectation is None:
+            return None
+        found.append(expectation)
+    return tuple(found) or None
+
+
+def _expectation(statement: ast.stmt, parameter: str | None, entry_point: str | None) -> _Expectation | None:
+    """An assert about one call with literal arguments, compared with a literal or taken for its truth."""
+    if not isinstance(statement, ast.Assert):
+        return None
+    test, negated = statement.test, False
+    while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, negated = test.operand, not negated
+    compare: Callable[[Any, Any], Any] = operator.eq
+    swapped, expected, by_truth = False, None, True
+    call: ast.expr = test
+    if isinstance(test, ast.Compare):
+        if len(test.ops) != 1:
+            return None
+        left, right = test.left, test.comparators[0]
+        swapped = _literal(left)[0]
+        call, other = (right, left) if swapped else (left, right)
+        plain, expected = _literal(other)
+        identity = isinstance(test.ops[0], ast.Is | ast.IsNot)
+        if not plain or (identity and expected not in (None, True, False)):
+            return None
+        compare, by_truth = _OPERATORS[type(test.ops[0])], False
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return None
+    name = call.func.id
+    if parameter is not None:
+        if name != parameter or entry_point is None:
+            return None
+        name = entry_point
+    elif isinstance(getattr(builtins, name, None), type):
+        return None
+    args = [_literal(a) for a in call.args]
+    kwargs = {k.arg: _literal(k.value) for k in call.keywords}
+    if None in kwargs or not all(ok for ok, _ in [*args, *kwargs.values()]):
+        return None
+
+    def holds(value: Any) -> bool:
+        result = value if by_truth else compare(expected, value) if swapped else compare(value, expected)
+        return bool(result) is not negated
+
+    source = ast.unparse(ast.Assert(statement.test))
+    return _Expectation(source, name, [v for _, v in args], {str(k): v for k, (_, v) in kwargs.items()}, holds)
+
+
+def _literal(node: ast.expr) -> tuple[bool, Any]:
+    try:
+        return True, ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return False, None
+
+
+@lru_cache(maxsize=4096)
+def _tested_name(tests: tuple[str, ...]) -> str | None:
+    """The first function that the tests call and the language does not define."""
+    for test in tests:
+        for node in ast.walk(ast.parse(textwrap.dedent(test))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not hasattr(builtins, node.func.id):
+                return node.func.id
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _compiles(source: str) -> bool:
+    """Whether a trusted source compiles."""
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _show(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with too many digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."
