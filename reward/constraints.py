@@ -94,7 +94,7 @@ def parse(reference: Mapping[str, Any]) -> tuple[list[Constraint], str]:
         raise DataError(f"reference.mode: found {mode!r}, expected 'strict' or 'loose'")
     entries = reference.get("constraints")
     if entries is None and isinstance(ids := reference.get("instruction_id_list"), list):
-        kwargs = reference.get("kwargs") or [{}] * len(ids)
+        kwargs = [{}] * len(ids) if reference.get("kwargs") is None else reference["kwargs"]
         if not isinstance(kwargs, list) or len(kwargs) != len(ids):
             raise DataError(f"reference.kwargs: expected a list of {len(ids)}, one for each of instruction_id_list")
         entries = [{"id": i, "kwargs": k} for i, k in zip(ids, kwargs, strict=True)]
