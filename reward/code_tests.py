@@ -1,17 +1,17 @@
 """Does a program meet its tests? Execution feedback for code (arXiv:2407.10671 section 4.1.2).
 
 The completion is untrusted: it runs in `align.core.sandbox` and hands back values. A test of the form
-`assert f(literals) == literal` is decided here, by comparing plain data; any other test runs in a second process, which the
-solution does not share. A solution that ends early, prints, patches or lies about equality therefore can't pass.
+`assert f(literals) == literal` is decided here, by comparing plain data; any other test runs in a second process, which
+the solution does not share. A solution that ends early, prints, patches or lies about equality therefore can't pass.
 
 What a reference may be, as the data sets have it:
     MBPP       `{"tests": ["assert f(1) == 2", …], "setup": "", "setup_after": ""}`: setup runs before the code,
                setup_after (MBPP's `test_setup_code`) after it
     HumanEval  `{"check": "def check(candidate): …", "entry_point": "f"}`
-    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …]}`: compared whole, but for white space at the ends of lines and
-               newlines at the end
-each with an optional `prompt`, the code that the completion continues or was given: it runs before the completion, and a
-test that calls its helper functions gets the prompt's, not those of the completion. Give it where there is one:
+    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …]}`: compared whole, but for white space at the ends of lines
+               and newlines at the end
+each with an optional `prompt`, the code that the completion continues or was given: it runs before the completion, and
+a test that calls its helper functions gets the prompt's, not those of the completion. Give it where there is one:
 HumanEval/32 calls such a helper, and without the prompt has to take the solution's word for it.
 """
 
@@ -164,8 +164,8 @@ def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdic
         return Verdict.error(_line(f"can't be run: {error}"))
 
 
-def _problem(reference: Mapping[str, Any]) -> str:
-    """What is wrong with a reference; empty if nothing is."""
+def _problem(reference: Any) -> str:
+    """What is wrong with a reference, which comes from a file; empty if nothing is."""
     if not isinstance(reference, Mapping):
         return f"a {type(reference).__name__}, but an object was expected"
     kinds = [kind for kind in _KEYS if kind in reference]

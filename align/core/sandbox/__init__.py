@@ -1,8 +1,8 @@
 """Running code that a model wrote.
 
-A `Sandbox` owns worker slots. In each, a fresh interpreter (never a fork of this process) isolates itself and forks once
-per execution; solutions hand back plain values, and only this side, or tests in a process that the solution does not
-share, say what they are worth. So no solution can make itself pass from inside.
+A `Sandbox` owns worker slots. In each, a fresh interpreter (never a fork of this process) isolates itself and forks
+once per execution; solutions hand back plain values, and only this side, or tests in a process that the solution does
+not share, say what they are worth. So no solution can make itself pass from inside.
 
 | level | mechanism | accepted by |
 |---|---|---|
@@ -18,8 +18,8 @@ At levels 4 and 2 a solution can't reach the network, the user's files or enviro
 outside a scratch folder (level 2 gives no scratch folder), and nothing of it survives. Each execution has limits of CPU
 time, time, memory, file size and threads, and can't start processes.
 
-NOT stopped at any level: bugs of the kernel, timing channels, and tests that are vacuous, so that wrong code meets them.
-A solution may read the interpreter's own library and the system's shared libraries.
+NOT stopped at any level: bugs of the kernel, timing channels, and tests that are vacuous, so that wrong code meets
+them. A solution may read the interpreter's own library and the system's shared libraries.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ UNPROTECTED: dict[int, tuple[str, ...]] = {
 
 REMEDY = (
     "Level 4 needs unprivileged user namespaces: on Ubuntu 24.04 `sysctl -w "
-    "kernel.apparmor_restrict_unprivileged_userns=0`, elsewhere `sysctl -w user.max_user_namespaces=10000`; in a container "
-    "run it with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined` or `--privileged`. Level 2 needs "
-    "Linux 6.12 with Landlock (`lsm=landlock,…` on the kernel's command line). To run without isolation at your own risk, "
-    'set the sandbox to "allow_degraded" (level 1) or "unsafe" (level 0).'
+    "kernel.apparmor_restrict_unprivileged_userns=0`, elsewhere `sysctl -w user.max_user_namespaces=10000`; a "
+    "container has to run with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined` or `--privileged`. Level 2 "
+    "needs Linux 6.12 with Landlock (`lsm=landlock,…` on the kernel's command line). To run without isolation, at your "
+    'own risk, set the sandbox to "allow_degraded" (level 1) or "unsafe" (level 0).'
 )
 
 T = TypeVar("T")

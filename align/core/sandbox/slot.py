@@ -1,4 +1,4 @@
-"""The broker's side of the sandbox: a zygote, and a slot that has executions done and never believes what comes back."""
+"""The broker's side of the sandbox: zygotes, and slots that have executions done and never believe what comes back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ class Limits:
     memory_mb: int = 512
 
 
-class Closed(SandboxError):
+class Closed(SandboxError):  # noqa: N818
     """The sandbox was closed while an execution was under way."""
 
 
@@ -267,8 +268,8 @@ class Slot:
 
         def once() -> Answers:
             channel, theirs = self._pair(LIGHT_BYTES, LIGHT_TOTAL)
-            with channel.end:
-                child = self._spawn("runner", [self.null, self.null, self.null], [theirs])
+            with closing(channel):
+                child = self._spawn("runner", [self.null, self.null, self.null], theirs)
                 self._send(channel, job)
                 frames, timeout = self._listen(channel, [child], len(calls) + 1, ("end", "opaque", "unreadable"))
             last = frames[-1] if frames else {}
@@ -322,10 +323,10 @@ class Slot:
         def once() -> Checked:
             line, far = self._pair()
             channel, theirs = self._pair()
-            with line.end, channel.end:
-                runner = self._spawn("runner", [self.null, self.null, self.null], [far])
+            with closing(line), closing(channel):
+                runner = self._spawn("runner", [self.null, self.null, self.null], far)
                 self._send(line, solving)
-                checker = self._spawn("checker", [self.null, self.null, self.null], [theirs, line.end])
+                checker = self._spawn("checker", [self.null, self.null, self.null], theirs, line.fileno())
                 line.close()
                 self._send(channel, testing)
                 frames, timeout = self._listen(channel, [checker, runner], 1, ("passed", "failed", "opaque", "broken"))
@@ -353,11 +354,11 @@ class Slot:
                     file.write(stdin)
                     file.seek(0)
                     try:
-                        child = self._spawn("runner", [file.fileno(), writing, self.null], [theirs])
+                        child = self._spawn("runner", [file.fileno(), writing, self.null], theirs)
                     finally:
                         os.close(writing)
                 output = _Drain(reading, keep)
-                with channel.end:
+                with closing(channel):
                     self._send(channel, job)
                     frames, timeout = self._listen(channel, [child], 1, (), output)
             finally:
@@ -422,12 +423,11 @@ class Slot:
         ours.settimeout(START_TIMEOUT_S)
         return Channel(ours, max_bytes, max_total), theirs
 
-    def _spawn(self, name: str, files: list[int], sockets: list[socket.socket]) -> Child:
-        zygote = self.zygote(name)
-        try:
-            zygote.spawn(self.limits, [*files, *(s.fileno() for s in sockets)])
-        finally:
-            sockets[0].close()
+    def _spawn(self, name: str, files: list[int], theirs: socket.socket, *others: int) -> Child:
+        """A new child of a zygote, which takes over `theirs`."""
+        with theirs:
+            zygote = self.zygote(name)
+            zygote.spawn(self.limits, [*files, theirs.fileno(), *others])
         return Child(zygote)
 
     def _send(self, channel: Channel, job: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Runs tests, in a confined child that the solution does not share.
 
-The solution's functions and objects are proxies; names of the language and of the standard library mean the real ones,
-whatever the solution defines under the same name, so that a test of `abs(f(x) - y) < 1e-6` can't be met by another `abs`.
+The solution's functions and objects are proxies; names of the language and of the standard library mean the real
+ones, whatever the solution defines under the same name, so that a test of `abs(f(x) - y) < 1e-6` can't be met by
+another `abs`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _one(
     solution: Solution, namespace: dict[str, Any], test: str, index: int, entry_point: str | None
 ) -> dict[str, Any] | None:
     """Run one test; what went wrong, or None."""
-    solution.raised = None
+    solution.forget()
     try:
         exec(_compile(test, f"<test {index}>"), namespace)
         if entry_point is not None:
@@ -201,7 +202,7 @@ def _run_trusted(source: str, namespace: dict[str, Any], entry_point: str | None
 
 
 def _builtins_under_test(trees: list[ast.Module]) -> set[str]:
-    """Names of built-in functions that are what is tested, as in `assert sum(10, 15) == 6`: the tests call no others."""
+    """Built-in functions that are what is tested, as in `assert sum(10, 15) == 6`: the tests call no others."""
     called = {
         n.func.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
     }

@@ -41,14 +41,12 @@ class TooHeavy(CodecError):  # noqa: N818
     """More bytes, or more hashed entries, than the receiver wants to deal with."""
 
 
-TYPES: dict[str, type] = {
-    t.__name__: t
-    for t in (
-        int, float, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex, range, object,
-        deque, defaultdict, OrderedDict, Counter, Decimal, Fraction, date, datetime, time, timedelta,
-        type(None),
-    )
-}  # fmt: skip
+_TYPES: tuple[type, ...] = (
+    int, float, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex, range, object,
+    deque, defaultdict, OrderedDict, Counter, Decimal, Fraction, date, datetime, time, timedelta,
+    type(None),
+)  # fmt: skip
+TYPES: dict[str, type] = {t.__name__: t for t in _TYPES}
 """The types that travel by name, as in `remove_datatype(values, int)`."""
 
 _HASHED = {"s", "z", "d", "o", "n"}
@@ -122,7 +120,7 @@ def to_json(value: Any, hook: Hook = _not_plain, *, flatten: bool = True, depth:
         return {"datetime": [*head, value.hour, value.minute, value.second, value.microsecond]}
     if kind is timedelta:
         return {"delta": [value.days, value.seconds, value.microseconds]}
-    if kind is type and TYPES.get(value.__name__) is value:
+    if isinstance(value, type) and kind is type and TYPES.get(value.__name__) is value:
         return {"type": value.__name__}
     if flatten:
         base = base_value(value)
@@ -149,11 +147,11 @@ def base_value(value: Any) -> Any:
     if issubclass(kind, list):
         return list(list.__iter__(value))
     if issubclass(kind, tuple):
-        return tuple(list(tuple.__iter__(value)))
+        return tuple(tuple.__iter__(value))
     if issubclass(kind, dict):
         return dict(list(dict.items(value)))
     if issubclass(kind, set):
-        return set(list(set.__iter__(value)))
+        return set(set.__iter__(value))
     if issubclass(kind, frozenset):
         return frozenset(list(frozenset.__iter__(value)))
     if issubclass(kind, deque):

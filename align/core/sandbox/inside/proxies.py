@@ -42,6 +42,10 @@ class Solution:
         self.proxies: dict[int, Any] = {}
         self.exceptions: dict[str, type[BaseException]] = {}
 
+    def forget(self) -> None:
+        """Begin a new test: nothing was raised in it yet."""
+        self.raised = None
+
     def names(self, names: list[str]) -> dict[str, Any]:
         """The values or proxies of those global names that the solution defines."""
         reply = self._exchange({"names": names})
@@ -121,16 +125,15 @@ class Solution:
         return self.proxies[number]
 
     def _exception_type(self, name: str, base: str) -> type[BaseException]:
-        parent = getattr(builtins, base, None)
+        parent: Any = getattr(builtins, base, None)
         if not (isinstance(parent, type) and issubclass(parent, Exception)) or issubclass(
             parent, StopIteration | StopAsyncIteration
         ):
             parent = SolutionRaised
-        if getattr(builtins, name, None) is parent:
-            return parent
         key = f"{name}:{base}"
         if key not in self.exceptions:
-            self.exceptions[key] = type(name, (parent,), {})
+            known: bool = getattr(builtins, name, None) is parent
+            self.exceptions[key] = parent if known else type(name, (parent,), {})
         return self.exceptions[key]
 
     def _exception(self, about: Any) -> BaseException:
@@ -177,6 +180,7 @@ class Proxy:
         _operate(self, "delattr", name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it in the solution's process."""
         return _solution(self).operate("call", self, *args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Runs a solution, in a confined child, and hands back values. It holds no test, no expected value and no verdict.
 
-Everything here shares a process with the solution, so the solution can rewrite all of it: whoever reads the channel must
-expect any frame at any time.
+Everything here shares a process with the solution, so the solution can rewrite all of it: whoever reads the channel
+must expect any frame at any time.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _namespace(name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module
     module.__dict__["__builtins__"] = builtins
-    builtins.exit = builtins.quit = sys.exit  # `site`, which isn't loaded, would define them
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site`, which isn't loaded, would define them
     warnings.simplefilter("ignore")
     return module.__dict__
 
@@ -122,13 +122,14 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "contains": operator.contains, "format": format, "data": base_value, "dir": dir,
     "enter": lambda value: value.__enter__(), "exit": lambda value: value.__exit__(None, None, None),
     "getattr": getattr, "setattr": setattr, "delattr": delattr, "call": lambda f, *a, **k: f(*a, **k),
-} | {
-    name: getattr(operator, name)
+}  # fmt: skip
+OPERATIONS.update(
+    (name, getattr(operator, name))
     for name in (
         "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_",
         "or_", "xor", "lshift", "rshift", "neg", "pos", "invert",
     )
-}  # fmt: skip
+)  # fmt: skip
 
 _STANDARD = {"builtins", "re", "collections", "datetime", "decimal", "fractions", "itertools", "functools", "enum"}
 
@@ -150,7 +151,7 @@ class _Objects:
         kind = type(value)
         about: dict[str, Any] = {"type": kind.__name__, "truth": _truth(value), "data": base_value(value) is not value}
         if isinstance(value, type) and issubclass(value, BaseException):
-            about["exception"] = [k.__name__ for k in value.__mro__ if k.__module__ == "builtins"][0]
+            about["exception"] = next(k.__name__ for k in value.__mro__ if k.__module__ == "builtins")
             about["name"] = value.__name__
         return {"h": [number, about]}
 

@@ -1,7 +1,7 @@
 """The system calls that a solution may make: an allow-list as a classic BPF program, for x86_64 and aarch64.
 
-All else gives EPERM, except `clone3`, which gives ENOSYS so that the C library falls back to `clone`, whose flags can be
-looked at. There is no way to start a process (threads only), to execute a file, to open a socket, to look into or
+All else gives EPERM, except `clone3`, which gives ENOSYS so that the C library falls back to `clone`, whose flags can
+be looked at. There is no way to start a process (threads only), to execute a file, to open a socket, to look into or
 signal another process, or to change any privilege.
 
 Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h of Linux; a pair is
@@ -31,11 +31,13 @@ PLAIN: dict[str, tuple[int | None, int | None]] = {
     "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83), "getcwd": (79, 17), "chdir": (80, 49),
     "readlink": (89, None), "umask": (95, 166), "gettimeofday": (96, 169), "getrlimit": (97, 163),
     "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176),
-    "geteuid": (107, 175), "getegid": (108, 177), "getppid": (110, 173), "getpgrp": (111, None), "getgroups": (115, 158),
+    "geteuid": (107, 175), "getegid": (108, 177), "getppid": (110, 173), "getpgrp": (111, None),
+    "getgroups": (115, 158),
     "getpgid": (121, 155), "getsid": (124, 156), "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137),
     "rt_sigsuspend": (130, 133), "sigaltstack": (131, 132), "gettid": (186, 178), "time": (201, None),
     "futex": (202, 98), "sched_getaffinity": (204, 123), "epoll_create": (213, None), "getdents64": (217, 61),
-    "set_tid_address": (218, 96), "restart_syscall": (219, 128), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "set_tid_address": (218, 96), "restart_syscall": (219, 128), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "exit_group": (231, 94), "epoll_wait": (232, None), "epoll_ctl": (233, 21),
     "newfstatat": (262, 79), "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
     "set_robust_list": (273, 99), "get_robust_list": (274, 100), "epoll_pwait": (281, 22), "eventfd2": (290, 19),

@@ -23,11 +23,11 @@ from align.core.sandbox.inside.codec import Channel, Descriptor
 
 # What solutions import, loaded once before the forks. The rest of the library can be imported too, at its own cost.
 WARM = (
-    "abc", "array", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy", "dataclasses",
-    "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io", "itertools", "json", "math",
-    "numbers", "operator", "queue", "random", "re", "statistics", "string", "struct", "sys", "textwrap", "threading",
-    "time", "types", "typing", "unicodedata", "warnings", "linecache", "traceback", "encodings.idna", "encodings.latin_1",
-    "encodings.ascii",
+    "abc", "array", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy",
+    "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io", "itertools",
+    "json", "math", "numbers", "operator", "queue", "random", "re", "statistics", "string", "struct", "sys", "textwrap",
+    "threading", "time", "types", "typing", "unicodedata", "warnings", "linecache", "traceback", "encodings.idna",
+    "encodings.latin_1", "encodings.ascii",
 )  # fmt: skip
 
 
