@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import tee
 from typing import Any, Literal, Self
@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from reward.verifiers import Verifiers
 
+from align.core.chat import prompt_ids
 from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError, EngineError
@@ -179,11 +180,13 @@ def _row(answer: _Answer, mode: str, engine: Engine, verdict: Verdict | None) ->
 
 
 def _rendered(engine: Engine, prompt: Prompt) -> str:
-    """The very text that the model read; where an engine can't tell (a remote one), the messages as JSON."""
+    """The very text that the model reads; where an engine can't tell (a remote one), the messages as JSON."""
     if isinstance(prompt, str):
         return prompt
-    render: Callable[[Prompt], str] | None = getattr(engine, "render", None)
-    return render(prompt) if render is not None else json.dumps(prompt, ensure_ascii=False)
+    tokenizer = getattr(getattr(engine, "engine", engine), "tokenizer", None)  # behind a cache there is another
+    if tokenizer is None:
+        return json.dumps(prompt, ensure_ascii=False)
+    return str(tokenizer.decode(prompt_ids(tokenizer, prompt)))
 
 
 def _params(config: Config, temperature: float, seed: int) -> SamplingParams:

@@ -1,0 +1,293 @@
+"""How a reward model learns: the loss over groups of completions, and the loop that keeps the best weights.
+
+A plain loop, since its batches are groups and its measure is best-of-n: one optimizer step sees `global_batch_size`
+prompts and its loss is their mean, however they are split over micro batches and processes. There is no dropout and
+the order follows from the seed alone, so a run that was killed goes on from its last evaluation to the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from align.core.chat import IGNORED
+from align.core.errors import RecipeError
+from align.core.records import Row
+from align.core.stage import Tools
+from reward.gate import Judged, best_of_n
+from reward.model import Card, Encoded, RewardModel, batch_rewards, collate
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised; see `group_loss`.
+
+    Attributes:
+        margin: by how much a better completion should score higher, at least.
+        centering: weight of the squared sum of a pair's rewards.
+        nll: weight of the better completions' mean negative log-probability per token (log-prob head only).
+    """
+
+    margin: float = 0.0
+    centering: float = 0.0
+    nll: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast; the names are those of the stage's settings."""
+
+    learning_rate: float
+    epochs: float
+    global_batch_size: int
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    evaluations: int
+    patience: int
+
+
+def group_loss(rewards: Tensor, values: Tensor, groups: Tensor, margin: float, centering: float) -> Tensor:
+    """Bradley-Terry averaged over each group's better-worse pairs, summed over groups.
+
+    Of a pair: −log σ(r_w − r_l − margin) + centering · (r_w + r_l)². Averaging over all pairs of a prompt makes every
+    prompt count the same and lets each completion be computed once; centering is that of arXiv:2312.09244.
+
+    Args:
+        rewards: of completions, (B,).
+        values: what they are worth; a pair is any two of one group with unequal values, (B,).
+        groups: number of each completion's group, from 0, (B,).
+        margin: see `Objective`.
+        centering: see `Objective`.
+    """
+    pair = (groups[:, None] == groups[None, :]) & (values[:, None] > values[None, :])
+    better, worse = pair.nonzero(as_tuple=True)
+    loss = -F.logsigmoid(rewards[better] - rewards[worse] - margin)
+    loss = loss + centering * (rewards[better] + rewards[worse]) ** 2
+    pairs_of_group = torch.bincount(groups[better], minlength=int(groups.max()) + 1)
+    return (loss / pairs_of_group[groups[better]]).sum()
+
+
+def batch_loss(objective: Objective, model: Any, card: Card, rows: list[Row], pad_id: int, device: Any) -> Tensor:
+    """The loss of some groups, summed over them."""
+    batch = collate([pair for row in rows for pair in encoded_pairs(row)], pad_id)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    values = torch.tensor([value for row in rows for value in row["values"]], device=device)
+    groups = torch.tensor([number for number, row in enumerate(rows) for _ in row["values"]], device=device)
+    rewards = batch_rewards(model, card, batch)
+    loss = group_loss(rewards, values, groups, objective.margin, objective.centering)
+    if objective.nll:
+        per_token = -rewards / card.coef / (batch["labels"] != IGNORED).sum(dim=1)
+        worst = torch.full((len(rows),), math.inf, device=device).scatter_reduce(0, groups, values.float(), "amin")
+        better = values > worst[groups]
+        of_group = torch.bincount(groups[better], minlength=len(rows))
+        loss = loss + objective.nll * (per_token[better] / of_group[groups[better]]).sum()
+    return loss
+
+
+def fit(
+    objective: Objective,
+    schedule: Schedule,
+    judge: RewardModel,
+    train: Any,
+    held_out: Any,
+    micro_batch: int,
+    bf16: bool,
+    accelerator: Any,
+    tools: Tools,
+) -> list[dict[str, float]]:
+    """Trains `judge.model` in place and leaves it with the weights of the best evaluation.
+
+    Args:
+        objective: see there.
+        schedule: see there.
+        judge: the model to train.
+        train: groups on disk, see `reward.comparisons`.
+        held_out: groups that best-of-n is measured on.
+        micro_batch: groups at once in one process.
+        bf16: whether the forward pass is computed in bfloat16.
+        accelerator: accelerate's.
+        tools: for the checkpoint, the curves and the progress.
+
+    Returns:
+        The evaluations: step, best_of_n, and whether it was the best so far.
+    """
+    batches = group_batches(np.asarray(train["length"]), schedule.epochs, schedule.global_batch_size, tools.seed)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if len(batches[0]) % world:
+        raise RecipeError(f"global_batch_size: {len(batches[0])} prompts can't be shared by {world} processes")
+    trained = [parameter for parameter in judge.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    model, optimizer = accelerator.prepare(judge.model, optimizer)
+    contested = [i for i, values in enumerate(held_out["values"]) if len(set(values)) > 1]
+    measured = held_out.select(contested) if contested else held_out
+    evaluate_at = {round(len(batches) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} - {0}
+
+    state = _State(tools, judge.model, optimizer)
+    if not state.resume(accelerator.device):
+        state.note(0, best_of_n(judge_groups(judge, measured)), accelerator)
+    tools.progress.start(len(batches), "steps")
+    tools.progress.advance(state.step)
+    judge.model.train()
+    while state.step < len(batches) and state.stale < schedule.patience:
+        mine = batches[state.step][rank::world]
+        micro = np.array_split(mine, math.ceil(len(mine) / micro_batch))
+        rate = learning_rate_at(state.step, len(batches), schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for number, places in enumerate(micro):
+            last = number == len(micro) - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                    rows = [train[int(place)] for place in places]
+                    part = batch_loss(
+                        objective, model, judge.card, rows, judge.model.config.pad_token_id, accelerator.device
+                    )
+                    part = part / len(mine)
+                accelerator.backward(part)
+                loss += float(part.detach())
+        norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        if not math.isfinite(loss):
+            raise RecipeError(f"reward: the loss is {loss} at step {state.step}; lower learning_rate")
+        state.log(accelerator, step=state.step, loss=loss, learning_rate=rate, grad_norm=norm)
+        tools.progress.advance(1, loss=round(loss, 3))
+        if state.step in evaluate_at:
+            state.note(state.step, best_of_n(judge_groups(judge, measured)), accelerator)
+    state.restore_best(accelerator.device)
+    judge.model = accelerator.unwrap_model(model)
+    judge.model.eval()
+    return state.history
+
+
+def learning_rate_at(step: int, steps: int, schedule: Schedule) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    warmup = math.ceil(steps * schedule.warmup_ratio)
+    if step < warmup:
+        return schedule.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def group_batches(
+    lengths: npt.NDArray[np.integer[Any]], epochs: float, size: int, seed: int
+) -> list[npt.NDArray[np.int64]]:
+    """Places of the groups of each optimizer step; groups of like length meet, so that little is padded.
+
+    Every batch is full: the last one is filled from a further pass. Fewer groups than a batch holds make one batch.
+
+    Args:
+        lengths: longest completion of each group, in tokens, (N,).
+        epochs: passes.
+        size: groups of a batch.
+        seed: decides the order.
+    """
+    rng = np.random.default_rng(seed)
+    size = min(size, len(lengths))
+    steps = max(1, math.ceil(len(lengths) * epochs / size))
+    passes = math.ceil(steps * size / len(lengths))
+    order = np.concatenate([rng.permutation(len(lengths)) for _ in range(passes)])[: steps * size]
+    batches: list[npt.NDArray[np.int64]] = []
+    for start in range(0, len(order), 8 * size):
+        window = order[start : start + 8 * size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        parts = window.reshape(-1, size)
+        batches += [parts[i] for i in rng.permutation(len(parts))]
+    return batches
+
+
+def judge_groups(judge: RewardModel, groups: Any, at_once: int = 256) -> list[Judged]:
+    """Scores every completion of groups on disk."""
+    judged = []
+    for start in range(0, len(groups), at_once):
+        rows = [groups[i] for i in range(start, min(start + at_once, len(groups)))]
+        pairs = [pair for row in rows for pair in encoded_pairs(row)]
+        scores = iter(judge.score_encoded(pairs))
+        for row in rows:
+            lengths = [sum(label != IGNORED for label in labels) for labels in row["labels"]]
+            own = [next(scores) for _ in lengths]
+            judged.append(Judged(row["family"], row["values"], row["counts"], own, lengths))
+    return judged
+
+
+def encoded_pairs(row: Row) -> list[Encoded]:
+    """The completions of a group on disk, each with its prompt."""
+    return list(zip(row["ids"], row["labels"], strict=True))
+
+
+class _State:
+    """What a killed run needs to go on, and the best weights so far."""
+
+    def __init__(self, tools: Tools, model: Any, optimizer: Any) -> None:
+        self.folder = tools.work
+        self.metrics = tools.out / "metrics.jsonl"
+        self.model, self.optimizer = model, optimizer
+        self.step = self.stale = 0
+        self.history: list[dict[str, float]] = []
+        self.lines: list[dict[str, float]] = []
+
+    def log(self, accelerator: Any, **figures: float) -> None:
+        self.lines.append(figures)
+        if accelerator.is_main_process:
+            with self.metrics.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(figures) + "\n")
+
+    def note(self, step: int, score: float, accelerator: Any) -> None:
+        """One evaluation: keeps the weights if they are the best, and a checkpoint to go on from."""
+        better = not self.history or score > max(past["best_of_n"] for past in self.history)
+        self.stale = 0 if better or step == 0 else self.stale + 1
+        self.history.append({"step": step, "best_of_n": score})
+        self.log(accelerator, step=step, best_of_n=score)
+        if accelerator.is_main_process:
+            weights = self._trained()
+            if better:
+                _save(weights, self.folder / "best.pt")
+            _save(
+                {
+                    "weights": weights, "optimizer": self.optimizer.state_dict(), "step": step, "stale": self.stale,
+                    "history": self.history, "lines": self.lines,
+                },
+                self.folder / "checkpoint.pt",
+            )  # fmt: skip
+        accelerator.wait_for_everyone()
+
+    def resume(self, device: Any) -> bool:
+        """Whether there was a checkpoint to go on from; the curves are cut back to it."""
+        file = self.folder / "checkpoint.pt"
+        self.metrics.unlink(missing_ok=True)
+        if not file.exists():
+            return False
+        found = torch.load(file, map_location=device, weights_only=True)
+        self.model.load_state_dict(found["weights"], strict=False)
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.step, self.stale = found["step"], found["stale"]
+        self.history, self.lines = found["history"], found["lines"]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        return True
+
+    def restore_best(self, device: Any) -> None:
+        weights = torch.load(self.folder / "best.pt", map_location=device, weights_only=True)
+        self.model.load_state_dict(weights, strict=False)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu() for name, value in self.model.named_parameters() if value.requires_grad}
+
+
+def _save(content: Mapping[str, Any], file: Path) -> None:
+    """Whole or not at all."""
+    torch.save(dict(content), file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)

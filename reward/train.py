@@ -1,0 +1,258 @@
+"""Stage `reward`: trains the reward model that online DPO will ask (Qwen2 report, arXiv:2407.10671, 4.3).
+
+The loss is Bradley-Terry's over all better-worse pairs of a prompt's completions,
+
+    mean over pairs of −log σ(r_w − r_l − margin) + centering · (r_w + r_l)²,
+
+averaged by prompt: listwise, as for the reward model of Qwen2.5-Math (arXiv:2409.12122); centering is that of
+arXiv:2312.09244 and keeps a scalar head's zero where it is. Train it on samples of the very policy it will judge: on
+another policy's pairs it has been seen to make that policy worse.
+
+Differs from the paper: nothing is said there of how its reward model is trained, gated or checked. Here the weights
+kept are those with the best best-of-n accuracy on held-out prompts; thresholds by family are found there too (see
+`reward.gate`); and the model is loaded again from its folder and must give the same scores, since a head lost on
+saving would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from align.core.errors import DataError, ModelError, RecipeError
+from align.core.records import Kind
+from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.store import ModelRef, Table
+from reward.comparisons import groups_on_disk, read_groups
+from reward.fit import Objective, Schedule, encoded_pairs, fit, judge_groups
+from reward.gate import Judged, calibrate, figures
+from reward.model import (
+    Card,
+    Encoded,
+    Gate,
+    Head,
+    RewardModel,
+    distinct_pad_id,
+    load_model,
+    load_reward_model,
+    load_tokenizer,
+    template_hash,
+)
+
+
+class Config(StageConfig):
+    """Settings of `reward`."""
+
+    head: Head = Field(
+        "scalar",
+        description="scalar: a number off the last token; logprob: coef times the completion's log-prob",
+    )
+    coef: float = Field(0.3, gt=0, description="of the log-probability (logprob head)")
+    per_side: int = Field(3, ge=1, description="most better and most worse completions of a prompt")
+    answers: bool = Field(False, description="the column `answer` stands in where a prompt has no right completion")
+    margin: float = Field(0.0, ge=0, description="by how much a better completion should score higher, at least")
+    centering: float = Field(0.01, ge=0, description="weight of the term that keeps scores around zero (scalar head)")
+    nll: float = Field(0.0, ge=0, description="weight of the better completions' NLL per token (logprob head)")
+    learning_rate: float = Field(2e-6, gt=0, description="AdamW's, at its peak")
+    epochs: float = Field(1.0, gt=0, description="passes over the prompts")
+    global_batch_size: int = Field(128, ge=1, description="prompts of one optimizer step, over all processes")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient to this norm")
+    max_length: int = Field(4096, ge=8, description="longest prompt and completion in tokens; longer ones are left out")
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters; 0 trains all weights")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA's scale: an adapter counts alpha / rank")
+    save_merged: bool = Field(True, description="write full weights; false writes LoRA adapters and head alone")
+    evaluations: int = Field(4, ge=1, description="how often best-of-n is measured; the best weights are kept")
+    patience: int = Field(2, ge=1, description="stop after so many evaluations without a better best-of-n")
+    held_out_share: float = Field(0.1, gt=0, lt=1, description="of the prompts, where none is of the split dev")
+    gate_precision: float = Field(0.9, gt=0, le=1, description="share right among completions scored above best_above")
+    gate_wrong: float = Field(0.7, gt=0, le=1, description="share wrong among completions scored below worst_below")
+    gate_gap: float = Field(0.5, ge=0, description="least difference between the scores of best and worst")
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_head(self) -> Self:
+        if self.nll and self.head != "logprob":
+            raise ValueError("nll: only a logprob head has a likelihood; set it to 0, or head to logprob")
+        if self.lora_rank == 0 and not self.save_merged:
+            raise ValueError("save_merged: false needs LoRA adapters to save; set lora_rank")
+        return self
+
+
+def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
+    """Prepares the groups, trains, keeps the best weights, gates, saves and loads again."""
+    from accelerate import Accelerator
+
+    policy, completions = inputs["model"], inputs["completions"]
+    assert isinstance(policy, ModelRef) and isinstance(completions, Table)
+    if config.answers and "answer" not in completions.columns:
+        raise DataError(f"reward: answers=true needs a column `answer` in {completions.name}; it has none")
+    device, bf16, micro_batch = _speed(tools.speed)
+    accelerator = Accelerator(cpu=True) if device == "cpu" else Accelerator()
+    judge = new_reward_model(config, policy, tools.seed)
+    judge.model.to(accelerator.device)
+    counts: Counter[str] = Counter()
+    groups = read_groups(completions, tools.work, config.held_out_share, config.answers, counts)
+    folder = tools.work / f"groups-{accelerator.process_index}"
+    train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
+    tools.progress.say(f"{len(train)} prompts to train on, {len(held_out)} held out")
+
+    objective = Objective(config.margin, config.centering if config.head == "scalar" else 0.0, config.nll)
+    schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__slots__})
+    history = fit(objective, schedule, judge, train, held_out, micro_batch, bf16, accelerator, tools)
+
+    judged = judge_groups(judge, held_out)
+    judge.card = replace(judge.card, gates=_gates(config, judged, held_out["absolute"]))
+    if accelerator.is_main_process:
+        probe = [*encoded_pairs(held_out[0])[:2], *encoded_pairs(train[0])]
+        scores = judge.score_encoded(probe)
+        _save(config, judge, tools.out / "model")
+        check_saved(tools.out / "model", probe, scores, str(accelerator.device))
+    accelerator.wait_for_everyone()
+    summary = {
+        "prompts": len(train),
+        "completions": sum(len(values) for values in train["values"]),
+        "held_out_prompts": len(held_out),
+        "left_out": dict(counts),
+        "evaluations": history,
+        **_report(judge.card.gates, judged),
+    }
+    return Result(summary=summary)
+
+
+def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
+    """The policy with the head that is asked for; dropout is off, and a scalar head small (std 1/√(d+1))."""
+    changes = _no_dropout(policy.path)
+    if config.head == "scalar":
+        changes["num_labels"] = 1
+    model, missing = load_model(policy.path, config.head, "float32", **changes)
+    lost = [name for name in missing if not (config.head == "scalar" and name == "score.weight")]
+    if lost:
+        raise ModelError(f"{policy.name}: its checkpoint lacks {', '.join(lost[:3])}; give a language model's folder")
+    tokenizer = load_tokenizer(policy.path)
+    model.config.pad_token_id = distinct_pad_id(tokenizer)
+    if config.head == "scalar" and missing:
+        weight = model.score.weight.data
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        weight.copy_(noise / math.sqrt(weight.shape[1] + 1))
+    if config.lora_rank:
+        model = _with_adapters(model, config)
+    coef = config.coef if config.head == "logprob" else 1.0
+    return RewardModel(model, tokenizer, Card(config.head, coef, None, policy.name, template_hash(tokenizer)))
+
+
+def check_saved(folder: Path, probe: list[Encoded], scores: list[float], device: str) -> None:
+    """Loads the model again and requires the same scores, since a head lost on saving shows in nothing else.
+
+    Raises:
+        ModelError: they are not the same.
+    """
+    again = load_reward_model(folder, device, "float32").score_encoded(probe)
+    if not np.allclose(again, scores, rtol=1e-3, atol=1e-3):
+        worst = max(range(len(scores)), key=lambda i: abs(again[i] - scores[i]))
+        raise ModelError(
+            f"{folder}: loaded again, the reward model scores {again[worst]:.4f} what it scored {scores[worst]:.4f} "
+            "before it was saved; its weights were not written whole (is the disk full?)"
+        )
+
+
+def _no_dropout(path: str) -> dict[str, Any]:
+    """Config entries that switch off every dropout of a model, whatever its architecture calls them."""
+    from peft import PeftConfig
+    from transformers import AutoConfig
+
+    if (Path(path) / "adapter_config.json").is_file():
+        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path).to_dict()
+    except (OSError, ValueError) as problem:
+        raise ModelError(f"{path}: no model can be loaded from it: {str(problem).splitlines()[0]}") from problem
+    return {
+        name: 0.0
+        for name, value in config.items()
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop"))
+    }
+
+
+def _with_adapters(model: Any, config: Config) -> Any:
+    """LoRA on every linear layer; the scalar head is trained and saved whole, or it would stay as it was drawn."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    scalar = config.head == "scalar"
+    adapters = LoraConfig(
+        task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        modules_to_save=["score"] if scalar else None,
+    )
+    return get_peft_model(model, adapters)
+
+
+def _gates(config: Config, judged: list[Judged], absolute: list[bool]) -> dict[str, Gate] | None:
+    """A gate for every family with verdicts among its held-out completions; None where there are only comparisons."""
+    labelled = [group for group, known in zip(judged, absolute, strict=True) if known]
+    if not labelled:
+        return None
+    families = sorted({group.family for group in labelled})
+    return {
+        family: calibrate(
+            [group for group in labelled if group.family == family],
+            config.gate_precision, config.gate_wrong, config.gate_gap,
+        )
+        for family in families
+    }  # fmt: skip
+
+
+def _report(gates: dict[str, Gate] | None, judged: list[Judged]) -> dict[str, Any]:
+    """The figures that a person judges the reward model by, overall and by family, each with its gate."""
+    families = sorted({group.family for group in judged})
+    by_family = {}
+    for family in families:
+        gate = None if gates is None else gates.get(family)
+        own = figures([group for group in judged if group.family == family], gates)
+        by_family[family] = {**own, "gate": None if gate is None else asdict(gate)}
+    return {"overall": figures(judged, gates), "by_family": by_family}
+
+
+def _save(config: Config, judge: RewardModel, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    model = judge.model.merge_and_unload() if config.lora_rank and config.save_merged else judge.model
+    model.save_pretrained(folder)
+    judge.tokenizer.save_pretrained(folder)
+    judge.card.write(folder)
+
+
+def _speed(speed: Mapping[str, Any]) -> tuple[str, bool, int]:
+    """Device, whether to compute in bfloat16, and prompts at once: 8 on a CPU, 1 on a GPU unless told otherwise."""
+    device = str(speed.get("device") or "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
+    precision = speed.get("precision") or "auto"
+    bf16 = precision == "bf16" or (precision == "auto" and device != "cpu")
+    return device, bf16, int(speed.get("micro_batch_size") or (8 if device == "cpu" else 1))
+
+
+STAGE = Stage(
+    name="reward",
+    summary="trains a reward model on scored completions, and finds where it may be believed",
+    config=Config,
+    needs={
+        "model": Need(Kind.MODEL, "the policy that it is trained from, best the very one that it will judge"),
+        "completions": Need((Kind.COMPLETIONS, Kind.PREFERENCES), "scored completions, or preferences"),
+    },
+    gives=Kind.REWARD_MODEL,
+    run=run,
+    trains=True,
+)

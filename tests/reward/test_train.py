@@ -1,0 +1,258 @@
+"""The stage from rows to a folder, with tiny random models: what it learns, keeps, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from align.core.errors import DataError, ModelError
+from reward.fit import judge_groups
+from reward.model import Card, load_reward_model
+from reward.train import STAGE, Config, check_saved, new_reward_model
+from tests.train.steps import curves, policy, run, table, weights
+from tests.train.tiny import make_model, make_tokenizer, save_model
+
+FAST = {"learning_rate": 3e-3, "epochs": 4.0, "global_batch_size": 8, "warmup_ratio": 0.0, "evaluations": 4}
+
+
+def completions(prompts: int = 60) -> list[dict[str, Any]]:
+    """Sums with one right and two wrong answers, something that a random model of two layers can learn to tell."""
+    rows = []
+    for i in range(prompts):
+        said = [(f"The answer is {i % 7}.", "passed"), (f"hello world {i % 5}", "failed"), ("hello", "failed")]
+        rows += [
+            {
+                "prompt_id": f"p{i}",
+                "prompt": [{"role": "user", "content": f"What is {i % 7} plus 0?"}],
+                "split": "dev" if i % 3 == 0 else "train",
+                "family": "sums",
+                "completion": [{"role": "assistant", "content": text}],
+                "verdict": verdict,
+                "reward": float(verdict == "passed"),
+                "finish_reason": "stop",
+                "sample_index": index,
+            }
+            for index, (text, verdict) in enumerate(said)
+        ]
+    return rows
+
+
+def train(
+    folder: Path, settings: dict[str, Any], rows: list[dict[str, Any]] | None = None, **more: Any
+) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "policy").exists():
+        save_model(folder / "policy")
+    inputs = {"model": policy(folder / "policy"), "completions": table(folder / "rows.parquet", rows or completions())}
+    summary, _ = run(STAGE, folder, inputs, FAST | settings, **more)
+    return summary
+
+
+@pytest.mark.parametrize("head", ["scalar", "logprob"])
+def test_it_learns_to_prefer_right_completions_and_is_the_same_when_loaded(tmp_path: Path, head: str) -> None:
+    """A random model likes short completions best, which the log-prob head takes more steps to unlearn."""
+    summary = train(tmp_path, {"head": head, "epochs": 4.0 if head == "scalar" else 16.0})
+    assert summary["overall"]["best_of_n"] == 1.0
+    assert summary["overall"]["sampled"] == pytest.approx(1 / 3)
+    assert summary["overall"]["oracle"] == 1.0
+    assert summary["prompts"] == 40
+    assert summary["held_out_prompts"] == 20
+    judge = load_reward_model(tmp_path / "model")
+    assert judge.card.head == head
+    asked: Any = [{"role": "user", "content": "What is 3 plus 0?"}]
+    texts = ["The answer is 3.", "hello world 3", "hello"]
+    scores = judge.score_many([(asked, [{"role": "assistant", "content": text}]) for text in texts])
+    assert max(scores) == scores[0]
+    assert judge.judge_group("sums", scores) is not None, "well above and below its thresholds"
+    assert judge.judge_group("another family", scores) is None
+    lines = curves(tmp_path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert [line["best_of_n"] for line in lines if "best_of_n" in line] == [
+        one["best_of_n"] for one in summary["evaluations"]
+    ]
+
+
+def test_the_best_evaluation_is_kept_and_training_stops_when_it_no_longer_gets_better(tmp_path: Path) -> None:
+    """Best-of-n can't pass 1: after reaching it two more evaluations are stale, and the weights are the first's."""
+    summary = train(tmp_path, {"head": "logprob", "epochs": 40.0, "evaluations": 50, "patience": 2})
+    scores = [one["best_of_n"] for one in summary["evaluations"]]
+    best = scores.index(max(scores))
+    assert len(scores) == best + 3
+    assert summary["overall"]["best_of_n"] == pytest.approx(max(scores))
+
+
+def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+    """One optimizer step on 8 prompts at once, and one by one: the same weights to rounding."""
+    found = []
+    for micro in (8, 3, 1):
+        folder = tmp_path / str(micro)
+        train(folder, {"epochs": 0.2, "evaluations": 1}, speed={"micro_batch_size": micro})
+        found.append(weights(folder))
+    for other in found[1:]:
+        assert all(torch.allclose(found[0][name], other[name], atol=2e-5) for name in found[0])
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """The second run finds the work folder as a kill after the second of four evaluations leaves it."""
+    settings = {"patience": 9}
+    train(tmp_path / "whole", settings)
+    whole = weights(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    from reward import fit
+
+    save, saved = fit._save, []
+
+    def dying(content: Any, file: Path) -> None:
+        save(content, file)
+        saved.append(file.name)
+        if saved.count("checkpoint.pt") == 3:
+            raise Killed
+
+    fit._save = dying
+    try:
+        with pytest.raises(Killed):
+            train(tmp_path / "cut", settings)
+    finally:
+        fit._save = save
+    assert not (tmp_path / "cut" / "model").exists()
+    summary = train(tmp_path / "cut", settings)
+    again = weights(tmp_path / "cut")
+    assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
+    assert len(summary["evaluations"]) == 5
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_plain_preferences_train_a_model_without_gates(tmp_path: Path) -> None:
+    rows = []
+    for i in range(40):
+        rows.append(
+            {
+                "prompt_id": f"p{i}",
+                "prompt": [{"role": "user", "content": f"What is {i % 7} plus 0?"}],
+                "split": "train",
+                "chosen": [{"role": "assistant", "content": f"The answer is {i % 7}."}],
+                "rejected": [{"role": "assistant", "content": f"hello world {i}"}],
+                "margin": 1.0,
+            }
+        )
+    summary = train(tmp_path, {"held_out_share": 0.3}, rows)
+    assert summary["overall"]["pair_accuracy"] == 1.0
+    judge = load_reward_model(tmp_path / "model")
+    assert judge.card.gates is None
+    assert judge.judge_group("anything", [0.0, 0.1]) == (1, 0)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_lora_trains_and_keeps_the_head(tmp_path: Path, merged: bool) -> None:
+    """The reload check inside the stage would stop it if the head were lost; here its file is looked at too."""
+    from safetensors.torch import load_file
+
+    summary = train(tmp_path, {"lora_rank": 4, "save_merged": merged, "learning_rate": 1e-2})
+    assert summary["overall"]["best_of_n"] == 1.0
+    file = tmp_path / "model" / ("model.safetensors" if merged else "adapter_model.safetensors")
+    assert any("score" in name for name in load_file(file))
+    base = make_model()
+    if merged:
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert not torch.allclose(load_file(file)[name], base.state_dict()[name])
+
+
+def test_a_policy_given_as_adapters_is_merged_under_the_head(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    save_model(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "policy")
+    make_tokenizer().save_pretrained(tmp_path / "policy")
+    judge = new_reward_model(Config(head="scalar"), policy(tmp_path / "policy"), 0)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        hidden = judge.model.model(ids).last_hidden_state
+        expected = model.base_model.model.model(ids).last_hidden_state
+    assert torch.allclose(hidden, expected, atol=1e-4)
+
+
+def test_a_new_scalar_head_is_small_seeded_and_without_dropout(tmp_path: Path) -> None:
+    """Standard deviation 1/sqrt(33) = 0.174 for 32 hidden units."""
+    from transformers import AutoModelForCausalLM
+
+    save_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(tmp_path)
+    one, two, other = (new_reward_model(Config(), policy(tmp_path), seed) for seed in (1, 1, 2))
+    weight = one.model.score.weight.data
+    assert 0.1 < float(weight.std()) < 0.26
+    assert torch.equal(weight, two.model.score.weight.data)
+    assert not torch.equal(weight, other.model.score.weight.data)
+    one.model.train()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(one.model(input_ids=ids).logits, one.model(input_ids=ids).logits)
+
+
+def test_a_head_lost_on_saving_stops_the_stage(tmp_path: Path) -> None:
+    train(tmp_path, {"epochs": 0.2, "evaluations": 1})
+    judge = load_reward_model(tmp_path / "model")
+    probe = judge.encode([([{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}])])
+    scores = judge.score_encoded(probe)
+    check_saved(tmp_path / "model", probe, scores, "cpu")
+    with pytest.raises(ModelError, match="loaded again"):
+        check_saved(tmp_path / "model", probe, [scores[0] + 0.01], "cpu")
+    shutil.copytree(tmp_path / "model", tmp_path / "lost")
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "lost" / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "score.weight"}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        check_saved(tmp_path / "lost", probe, scores, "cpu")
+
+
+def test_the_card_says_how_to_read_it(tmp_path: Path) -> None:
+    summary = train(tmp_path, {"head": "logprob", "coef": 0.2})
+    card = Card.read(tmp_path / "model" / "reward_model.json")
+    assert card.coef == 0.2
+    assert card.base == "policy"
+    assert card.gates is not None
+    assert summary["by_family"]["sums"]["gate"]["best_above"] == card.gates["sums"].best_above
+    assert json.dumps(summary), "a summary goes into the manifest"
+
+
+def test_gold_answers_need_their_column_and_settings_their_head(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column `answer`"):
+        train(tmp_path, {"answers": True})
+    with pytest.raises(ValidationError, match="logprob"):
+        Config(head="scalar", nll=1.0)
+    with pytest.raises(ValidationError, match="lora_rank"):
+        Config(save_merged=False)
+
+
+def test_judged_groups_keep_their_order_and_count_completion_tokens(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    judge = new_reward_model(Config(head="logprob"), policy(tmp_path), 0)
+    rows = [
+        {"family": f"f{i}", "values": [1.0, 0.0], "counts": [1, 2], "ids": [[5, 6, 7 + i], [5, 6, 7, 8]],
+         "labels": [[-100, -100, 7 + i], [-100, -100, 7, 8]]}
+        for i in range(5)
+    ]  # fmt: skip
+    judged = judge_groups(judge, rows, at_once=2)
+    assert [group.family for group in judged] == [f"f{i}" for i in range(5)]
+    assert judged[0].lengths == [1, 2]
+    alone = judge.score_encoded([(rows[3]["ids"][0], rows[3]["labels"][0])])
+    assert judged[3].scores[0] == pytest.approx(alone[0], abs=1e-4)
