@@ -8,6 +8,7 @@ forward of our own; all others through the model's forward and cache. On a GPU w
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from align.core.engines.slots import Endings, Job, SlotLoop
 from align.core.errors import DataError, EngineError, ModelError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
 
 
 class TransformersEngine:
@@ -263,15 +265,23 @@ def _load_model(path: str, device: torch.device, dtype: str) -> Any:
 
 
 def _load_tokenizer(path: str) -> Any:
+    """The tokenizer in a model's folder (or, for an adapter without one, in its base model's)."""
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    remedy = "save the tokenizer into the model's folder (tokenizer.save_pretrained)"
+    if folder.is_dir() and not any(file for form in _TOKENIZER_FILES for file in folder.glob(form)):
+        adapter = folder / "adapter_config.json"
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.is_file() else None
+        if base:
+            return _load_tokenizer(base)
+        # transformers would make one with an empty vocabulary from the config alone
+        raise ModelError(f"{path}: there is no tokenizer in this folder; {remedy}")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as problem:
         first = str(problem).strip().splitlines()[0]
-        raise ModelError(
-            f"{path}: no tokenizer can be loaded from it: {first}; save the tokenizer into the model's folder"
-        ) from problem
+        raise ModelError(f"{path}: no tokenizer can be loaded from it: {first}; {remedy}") from problem
 
 
 def _end_ids(tokenizer: Any, model: Any) -> set[int]:
