@@ -1,0 +1,290 @@
+"""The command line: `align run RECIPE`, `align STAGE key=value … out=FOLDER`, and what tells about runs.
+
+Nothing heavy is imported at the top, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+# Before anything loads torch: idle threads sleep instead of spinning, tokenizers don't fork-warn, nobody phones home.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+
+from align.core.errors import AlignError, RecipeError, RunError
+from align.stages import TABLE, nearest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="The Qwen2 report's post-training as a pipeline of stages. `align STAGE --help` tells all about a stage.",
+)
+recipes_app = typer.Typer(help="List the recipes that come with align, or copy one.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+Arguments = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="overrides", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run", show_default=False)]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped recipe's name")]
+
+
+def main() -> None:
+    """Entry point of `align`."""
+    commands = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands] + ["recipes"]
+    verb = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    if verb is not None and sys.argv[1] == verb and verb not in commands:
+        print(f"align {verb}: there is no such command; {nearest(verb, commands)}", file=sys.stderr)
+        sys.exit(2)
+    app(prog_name="align")
+
+
+@contextmanager
+def _told(again: str = "") -> Iterator[None]:
+    """Turns what a user can mend, and a stop by Ctrl-C, into plain words and an exit status."""
+    stopped_by: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped_by.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except AlignError as problem:
+        lines = problem.problems if isinstance(problem, RecipeError) else [str(problem)]
+        for line in lines:
+            print(line, file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        onwards = f", and `{again}` goes on from here" if again else ""
+        print(f"\nstopped; what is finished is kept{onwards}", file=sys.stderr)
+        raise typer.Exit(128 + (stopped_by or [signal.SIGINT])[0]) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    arguments: Arguments = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME where not given")] = None,
+) -> None:
+    """Run a recipe: the steps that are not done yet."""
+    with _told(_command_line()):
+        from align import pipeline
+        from align.recipe import load_recipe
+
+        if _process()[1] > 1:
+            raise RunError(
+                "align run starts the processes that a step asks for (processes: N in the recipe) by itself; don't "
+                "start it under accelerate or torchrun. A stage alone may be: accelerate launch -m align.cli sft …"
+            )
+        checked = load_recipe(_recipe_file(recipe), arguments or [], out)
+        print(f"{checked.name}: {len(checked.steps)} steps, in {checked.out}", flush=True)
+        manifests = pipeline.run(checked)
+        console = _console()
+        from align.ladder import print_ladder, print_steps
+
+        print_steps(manifests, console)
+        print_ladder(manifests, console)
+        if page := _write_report(checked.out):
+            print(f"report: {page}")
+
+
+@app.command()
+def check(recipe: RecipeFile, arguments: Arguments = None, out: Annotated[Path | None, typer.Option()] = None) -> None:
+    """Check a recipe, and tell what running it would do."""
+    with _told():
+        from align.overview import print_plan
+        from align.pipeline import plan
+        from align.recipe import load_recipe
+
+        checked = load_recipe(_recipe_file(recipe), arguments or [], out)
+        print_plan(checked, plan(checked), _console())
+
+
+@app.command()
+def status(folder: RunFolder) -> None:
+    """Tell how far a run is."""
+    with _told():
+        from align.overview import print_status
+
+        print_status(folder, _console())
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write the report page of a run."""
+    with _told():
+        page = _write_report(folder)
+        print(f"report: {page}")
+
+
+@app.command()
+def trace(folder: RunFolder, row_id: Annotated[str, typer.Argument(metavar="ROW_ID")]) -> None:
+    """Show a row's way back to its source: step by step, with generator, tags, verdicts and rewards."""
+    with _told():
+        from align.core.lineage import render_trace
+        from align.core.lineage import trace as trace_row
+
+        print(render_trace(trace_row(folder, row_id)))
+
+
+@app.command("make-tiny")
+def make_tiny(arguments: Arguments = None) -> None:
+    """Make the embedded world's tokenizer and base model again, from nothing."""
+    with _told():
+        from align.tiny.make import main as make
+
+        make(arguments or [])
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the recipes that come with align."""
+    if context.invoked_subcommand is None:
+        for path in sorted(_recipes_folder().glob("*.yaml")):
+            first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+            print(f"{path.stem:<16} {first.removeprefix('#').strip()}")
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    to: Annotated[Path, typer.Argument(metavar="[DEST]", help="a folder or a file; here where not given")] = Path(),
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    with _told():
+        source = _recipe_file(name)
+        to = to / source.name if to.is_dir() else to
+        if to.exists():
+            raise RunError(f"{to}: is there already; give another name")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(source.read_bytes())
+        print(to)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"align {version('align-toolkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def _stage_command(verb: str) -> Callable[..., None]:
+    """The command `align VERB [FILE.yaml] key=value …`."""
+
+    def command(
+        arguments: Annotated[list[str] | None, typer.Argument(metavar="[FILE.yaml] key=value…")] = None,
+        help_: Annotated[bool, typer.Option("--help", "-h", help="inputs and settings")] = False,
+    ) -> None:
+        with _told(_command_line()):
+            given = arguments or []
+            if help_ or not given:
+                from align.helptext import print_stage_help
+                from align.stages import load
+
+                print_stage_help(load(verb), _console())
+            else:
+                _run_stage(verb, given)
+
+    return command
+
+
+for _verb, (_, _summary) in TABLE.items():
+    app.command(
+        _verb,
+        help=_summary,
+        add_help_option=False,
+        rich_help_panel="Stages, each alone: align STAGE [FILE.yaml] key=value … out=FOLDER",
+        context_settings={"ignore_unknown_options": True},
+    )(_stage_command(_verb))
+
+
+def _run_stage(verb: str, given: list[str]) -> None:
+    from align import pipeline
+    from align.ladder import print_ladder
+    from align.recipe import load_stage
+
+    file = Path(given[0]) if "=" not in given[0] else None
+    arguments = given[file is not None :]
+    overwrite = [each.removeprefix("overwrite=") for each in arguments if each.startswith("overwrite=")]
+    if not set(overwrite) <= {"true", "false"}:
+        raise RecipeError(f"align {verb}: overwrite: true or false was expected, found {overwrite[-1]}")
+    recipe = load_stage(verb, [each for each in arguments if not each.startswith("overwrite=")], file)
+    rank, world = _process()
+    (step,) = recipe.steps.values()
+    if world > 1 and not step.stage.trains:
+        raise RunError(f"align {verb}: it runs in one process; start it without accelerate or torchrun")
+    if world > 1 and step.processes > 1:
+        raise RunError(f"align {verb}: started in {world} processes, and processes={step.processes}; choose one")
+    (manifest,) = pipeline.run(recipe, overwrite[-1:] == ["true"], rank)
+    if rank == 0:
+        print_ladder([manifest], _console())
+        print(f"{recipe.out}")
+
+
+def _process() -> tuple[int, int]:
+    """This process's number and how many there are, as accelerate and torchrun tell it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _recipes_folder() -> Path:
+    """The shipped recipes: beside the modules in an installed package, at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def _recipe_file(text: str) -> Path:
+    """A file, or the shipped recipe of that name."""
+    path, shipped = Path(text).expanduser(), _recipes_folder() / f"{text}.yaml"
+    if path.is_file() or not shipped.is_file():
+        if not path.is_file() and path.suffix not in (".yaml", ".yml") and "/" not in text:
+            known = [each.stem for each in _recipes_folder().glob("*.yaml")]
+            raise RecipeError(f"{text}: no such file, and no recipe of that name is shipped; {nearest(text, known)}")
+        return path
+    return shipped
+
+
+def _write_report(folder: Path) -> Path | None:
+    from align.report.page import write_report
+
+    return write_report(folder)
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["align", *sys.argv[1:]])
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

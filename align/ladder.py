@@ -1,0 +1,54 @@
+"""The tables at the end of a run: what each step took and gave, and the scores of each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from align.core.manifest import Manifest
+from align.progress import duration
+
+
+def print_steps(manifests: Sequence[Manifest], console: Console) -> None:
+    """A row for each step: stage, rows, wall and CPU seconds."""
+    table = Table("step", "stage", box=box.SIMPLE_HEAD, title="Steps", title_justify="left")
+    for heading in ("gives", "time", "CPU"):
+        table.add_column(heading, justify="right")
+    for done in manifests:
+        gives = "model" if done.rows is None else f"{done.rows} rows"
+        table.add_row(done.step, done.stage, gives, duration(done.seconds), duration(done.cpu_seconds))
+    total = [duration(sum(getattr(done, key) for done in manifests)) for key in ("seconds", "cpu_seconds")]
+    table.add_row("all", "", "", *total, style="bold")
+    console.print(table)
+
+
+def print_ladder(manifests: Sequence[Manifest], console: Console) -> None:
+    """The score of every evaluation with its 95% interval, greedy and sampled, whole and by family."""
+    for mode in ("greedy", "sampled"):
+        scored = [(done, done.summary["scores"][mode]) for done in manifests if mode in done.summary.get("scores", {})]
+        if not scored:
+            continue
+        families = list(dict.fromkeys(family for _, scores in scored for family in scores.get("by_family", {})))
+        title = f"Verified score in %, {mode}, with its 95% interval"
+        table = Table("step", "model", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        for heading in ("score", *families, "items", "time"):
+            table.add_column(heading, justify="right")
+        for done, scores in scored:
+            models = ", ".join(origin.name for origin in done.engines.values())
+            cells = [_score(scores.get("by_family", {}).get(family)) for family in families]
+            overall = scores["overall"]
+            table.add_row(
+                done.step, models, f"[bold]{_score(overall)}[/bold]", *cells, str(overall["n"]), duration(done.seconds)
+            )
+        console.print(table)
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    """A score with its interval, as `81.5 (78.6–84.1)`."""
+    if score is None:
+        return "–"
+    return f"{score['score']:.1f} ({score['low']:.1f}–{score['high']:.1f})"

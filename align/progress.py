@@ -1,0 +1,118 @@
+"""Telling a person where a run is: a live line on a terminal, else a plain line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+PLAIN_EVERY_S = 5.0
+LIVE_EVERY_S = 0.1
+
+
+class Silent:
+    """Says nothing: for the processes beside the first one."""
+
+    def start(self, total: int | None, unit: str) -> None:
+        """See `align.core.stage.Progress`."""
+
+    def advance(self, by: int = 1, **figures: float | int | str) -> None:
+        """See `align.core.stage.Progress`."""
+
+    def say(self, line: str) -> None:
+        """See `align.core.stage.Progress`."""
+
+    def close(self) -> None:
+        """Ends the line."""
+
+
+class Lines:
+    """One step's progress as text: `reject: 120 of 300 prompts (40%), 12.3/s, passed 80, 15 s left`.
+
+    On a terminal the line is written over; elsewhere a new one comes every `every_s` seconds. It is only written from
+    within calls, so there is no thread that a forked process could trip over.
+    """
+
+    def __init__(self, step: str, stream: TextIO | None = None, every_s: float | None = None) -> None:
+        self._step = step
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._every_s = every_s if every_s is not None else (LIVE_EVERY_S if self._live else PLAIN_EVERY_S)
+        self._total: int | None = None
+        self._unit = ""
+        self._count = 0
+        self._figures: dict[str, Any] = {}
+        self._began = self._written = time.monotonic()
+        self._open = False
+
+    def start(self, total: int | None, unit: str) -> None:
+        """See `align.core.stage.Progress`."""
+        self._clear()
+        self._total, self._unit, self._count, self._figures = total, unit, 0, {}
+        self._began = self._written = time.monotonic()
+        self._write(self._text())
+
+    def advance(self, by: int = 1, **figures: float | int | str) -> None:
+        """See `align.core.stage.Progress`."""
+        self._count += by
+        self._figures |= figures
+        now = time.monotonic()
+        if now - self._written >= self._every_s:
+            self._written = now
+            self._write(self._text())
+
+    def say(self, line: str) -> None:
+        """See `align.core.stage.Progress`."""
+        self._clear()
+        print(f"  {self._step}: {line}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Ends the line."""
+        self._clear()
+
+    def _text(self) -> str:
+        seconds = time.monotonic() - self._began
+        of = f" of {self._total}" if self._total is not None else ""
+        parts = [f"{self._count}{of} {self._unit}".rstrip()]
+        if self._total:
+            parts[0] += f" ({min(100, 100 * self._count // self._total)}%)"
+        if seconds > 1 and self._count:
+            rate = self._count / seconds
+            parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
+        parts += [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in self._figures.items()]
+        if self._total and seconds > 1 and 0 < self._count < self._total:
+            parts.append(f"{duration(seconds / self._count * (self._total - self._count))} left")
+        return f"  {self._step}: " + ", ".join(parts)
+
+    def _write(self, text: str) -> None:
+        if not self._live:
+            print(text, file=self._stream, flush=True)
+            return
+        import shutil
+
+        width = shutil.get_terminal_size().columns
+        self._stream.write("\r\x1b[2K" + text[: width - 1])
+        self._stream.flush()
+        self._open = True
+
+    def _clear(self) -> None:
+        if self._open:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+            self._open = False
+
+
+def _figure(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `4.2 s`, `35 s`, `2 min 05 s`, `1 h 20 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,183 @@
+"""Reading the steps and engines of a recipe; what is wrong is noted, and reading goes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.backends import Backend, backend
+from align.core.errors import RecipeError
+from align.core.stage import Stage
+from align.plan import EngineSpec, Source, Step
+from align.settings import checked, found, mapping, scalar, speed_of, stage_keys, wants_model
+from align.stages import TABLE, load, nearest
+from align.yamlfile import Key, Problems
+
+STEP_KEYS = ("stage", "in", "with", "engines", "speed", "processes")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow", ".txt", ".yaml", ".yml")
+
+
+class Reader:
+    """Reads one recipe's steps and engines.
+
+    Attributes:
+        used: the names of the engines that a step uses.
+    """
+
+    def __init__(self, steps: Mapping[str, Any], engines: Mapping[str, Any], problems: Problems) -> None:
+        self.steps = steps
+        self.engines = engines
+        self.problems = problems
+        self.used: set[str] = set()
+
+    def step(self, name: str, raw: Any) -> Step | None:
+        """One step; None where its stage isn't known."""
+        at: Key = ("steps", name)
+        if not isinstance(raw, dict):
+            self.problems.add(at, f"a mapping with `stage` was expected, found {found(raw)}")
+            return None
+        verb = raw.get("stage")
+        if not isinstance(verb, str):
+            self.problems.add((*at, "stage"), f"missing; one of {', '.join(TABLE)}")
+            return None
+        try:
+            stage = load(verb)
+        except RecipeError as problem:
+            self.problems.add((*at, "stage"), str(problem))
+            return None
+        for key in raw:
+            if key not in STEP_KEYS:
+                place = stage_keys(stage).get(key)
+                self.problems.add(
+                    (*at, key), f"unknown key; {f'write it under `{place}`' if place else nearest(key, STEP_KEYS)}"
+                )
+        processes = scalar(raw, (*at, "processes"), int, 1, self.problems)
+        if processes < 1 or (processes > 1 and not stage.trains):
+            what = "1 or more was expected" if processes < 1 else f"{stage.name} runs in one process only"
+            self.problems.add((*at, "processes"), f"{what}, found {processes}")
+        inner = {key: mapping(raw, (*at, key), self.problems) for key in ("in", "with", "engines", "speed")}
+        return Step(
+            name,
+            verb,
+            stage,
+            config=checked(stage.config, inner["with"], (*at, "with"), self.problems),
+            inputs=self._inputs(stage, inner["in"], (*at, "in")),
+            engines=self._engines(stage, inner["engines"], (*at, "engines")),
+            speed=checked(speed_of(stage), inner["speed"], (*at, "speed"), self.problems).model_dump(
+                exclude_unset=True
+            ),
+            processes=processes,
+        )
+
+    def _inputs(self, stage: Stage, raw: Mapping[str, Any], at: Key) -> dict[str, tuple[Source, ...]]:
+        for key in raw:
+            if key not in stage.needs:
+                place = stage_keys(stage).get(key)
+                hint = f"it belongs under `{place}`" if place else nearest(key, list(stage.needs))
+                self.problems.add((*at, key), f"{stage.name} has no such input; {hint}")
+        inputs: dict[str, tuple[Source, ...]] = {}
+        for name, need in stage.needs.items():
+            value = raw.get(name)
+            model = wants_model(need)
+            if value is None:
+                if not need.optional:
+                    self.problems.add((*at, name), f"missing: {need.help}")
+            elif isinstance(value, list) and (model or not value):
+                self.problems.add((*at, name), "one model was expected, found a list" if model else "the list is empty")
+            elif isinstance(value, list):
+                sources = [self._source(item, (*at, name, number), model) for number, item in enumerate(value)]
+                inputs[name] = tuple(source for source in sources if source)
+            elif source := self._source(value, (*at, name), model):
+                inputs[name] = (source,)
+        return inputs
+
+    def _engines(self, stage: Stage, raw: Mapping[str, Any], at: Key) -> dict[str, EngineSpec]:
+        for role in raw:
+            if role not in stage.engines:
+                known = nearest(role, list(stage.engines)) if stage.engines else "it samples from none"
+                self.problems.add((*at, role), f"{stage.name} has no such engine; {known}")
+        engines: dict[str, EngineSpec] = {}
+        for role, help_line in stage.engines.items():
+            value = raw.get(role)
+            if value is None:
+                if role not in stage.optional_engines:
+                    self.problems.add((*at, role), f"missing: {help_line}")
+                continue
+            place: Key = (*at, role)
+            if isinstance(value, str) and value in self.engines:
+                self.used.add(value)
+                place, value = ("engines", value), self.engines[value]
+            if engine := self.engine(value, place):
+                engines[role] = engine
+        return engines
+
+    def engine(self, raw: Any, at: Key) -> EngineSpec | None:
+        """An engine: a model, or a mapping with `kind`, `model` and the settings of that kind."""
+        raw = {"model": raw} if isinstance(raw, str) else raw
+        if not isinstance(raw, dict) or not isinstance(raw.get("model"), str):
+            self.problems.add(at, f"a model, or a mapping with `model`, was expected, found {found(raw)}")
+            return None
+        kind = str(raw.get("kind", "transformers"))
+        try:
+            chosen = backend(kind)
+        except RecipeError as problem:
+            self.problems.add((*at, "kind"), str(problem))
+            return None
+        settings = checked(chosen.settings, raw, at, self.problems)
+        model = self._engine_model(raw["model"], at, chosen)
+        return EngineSpec(kind, model, settings) if model else None
+
+    def _engine_model(self, text: str, at: Key, chosen: Backend) -> Source | None:
+        if not chosen.local and not text.startswith("step:"):
+            return Source(None, text, at)
+        if "/" in text or ":" in text or text == "tiny" or Path(text).expanduser().exists():
+            return self._source(text, at, model=True)
+        if text in self.steps:
+            self.problems.add(at, f"'{text}' is a step and no engine; write step:{text} for the model that it makes")
+        else:
+            names = [*self.engines, *(f"step:{step}" for step in self.steps), "tiny"]
+            self.problems.add(at, f"'{text}': no engine or model folder of that name; {nearest(text, names)}")
+        return None
+
+    def _source(self, value: Any, at: Key, model: bool) -> Source | None:
+        """One input: a step, or something on disk or on the Hub."""
+        if isinstance(value, dict) and not model:
+            step, path = value.get("step"), value.get("path")
+            if isinstance(step, str) == isinstance(path, str):
+                self.problems.add(at, f"a mapping with either `step` or `path` was expected, found {found(value)}")
+                return None
+            if isinstance(step, str):
+                rest = {key: option for key, option in value.items() if key != "step"}
+                return Source(step, rest or None, at) if self._is_step(step, at) else None
+            return Source(None, value, at) if self._is_outside(str(path), at, model) else None
+        if not isinstance(value, str) or not value:
+            self.problems.add(at, f"the name of a step, a path or a Hub id was expected, found {found(value)}")
+            return None
+        if value in self.steps or value.startswith("step:"):
+            step = value.removeprefix("step:")
+            return Source(step, None, at) if self._is_step(step, at) else None
+        return Source(None, value, at) if self._is_outside(value, at, model) else None
+
+    def _is_step(self, name: str, at: Key) -> bool:
+        if name not in self.steps:
+            self.problems.add(at, f"there is no step '{name}'; {nearest(name, list(self.steps))}")
+        return name in self.steps
+
+    def _is_outside(self, text: str, at: Key, model: bool) -> bool:
+        """Whether a text can be a path or a Hub id, as far as can be told without opening it."""
+        path = Path(text).expanduser()
+        if path.exists() or (text == "tiny" if model else any(sign in text for sign in "*?[")):
+            return True
+        if _HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix not in _FILE_ENDINGS:
+            return True
+        names = [*self.steps, *(["tiny"] if model else [])]
+        if "/" in text or path.suffix in _FILE_ENDINGS or not names:
+            self.problems.add(at, f"'{text}': there is no such {'model folder' if model else 'file or folder'}")
+        else:
+            what = "model folder" if model else "file"
+            hint = f"{nearest(text, names)} (a Hub id has the form owner/name)"
+            self.problems.add(at, f"'{text}': no step and no {what} of that name; {hint}")
+        return False

@@ -1,0 +1,63 @@
+"""Which stages there are: one literal table, verb to module. A module is imported when its stage is asked for.
+
+A recipe may also name a stage of your own as `package.module:NAME`; it follows the same contract (align/core/stage.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from rapidfuzz import process
+
+from align.core.errors import RecipeError
+from align.core.stage import Stage
+
+TABLE: dict[str, tuple[str, str]] = {
+    # verb: (where its Stage is, the one line of `align --help`; it stands here so that help imports no stage)
+    "prompts": ("data_synthesis.prompts:STAGE", ""),
+    "tag": ("data_synthesis.tag:STAGE", ""),
+    "ontology": ("data_synthesis.ontology:STAGE", ""),
+    "select": ("data_synthesis.select:STAGE", ""),
+    "reject": ("data_synthesis.reject:STAGE", ""),
+    "execute": ("data_synthesis.execute:STAGE", ""),
+    "constitute": ("data_synthesis.constitute:STAGE", ""),
+    "verify": ("reward.verify:STAGE", ""),
+    "demonstrate": ("data_synthesis.demonstrate:STAGE", ""),
+    "pair": ("data_synthesis.pair:STAGE", ""),
+    "sft": ("align.train.sft:STAGE", ""),
+    "reward": ("reward.train:STAGE", ""),
+    "dpo": ("align.train.dpo:STAGE", ""),
+    "online-dpo": ("align.train.online_dpo:STAGE", ""),
+    "evaluate": ("align.evaluate.evaluate:STAGE", ""),
+}
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """A clause for an error message: the known name nearest to `word`, or all names where none is near."""
+    found = process.extractOne(word, known, score_cutoff=60) if known else None
+    if found:
+        return f"did you mean '{found[0]}'?"
+    return f"known: {', '.join(known)}" if known else "there is none"
+
+
+def load(verb: str) -> Stage:
+    """The stage of a verb, or of `package.module:NAME`.
+
+    Raises:
+        RecipeError: there is no such stage.
+    """
+    place = TABLE[verb][0] if verb in TABLE else verb
+    module, colon, name = place.partition(":")
+    if not colon:
+        raise RecipeError(f"'{verb}': unknown stage; {nearest(verb, list(TABLE))}")
+    try:
+        stage = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as problem:
+        if verb in TABLE:
+            raise
+        raise RecipeError(
+            f"'{verb}': {problem}; a stage of your own is named package.module:NAME, and Python must find it"
+        ) from problem
+    if not isinstance(stage, Stage):
+        raise RecipeError(f"'{verb}': it is a {type(stage).__name__}, not a Stage (align.core.stage)")
+    return stage
