@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,15 @@ def read_rows(
                     dropped.append(str(problem))
                 continue
             yield from rows
+
+
+def tell_split(sources: Sequence[Source]) -> bool:
+    """Whether rows of a source come with a split of their own: by the files' names, the Hub's, or a column."""
+    for source in sources:
+        for part in locate(source.source, source.name, source.split, source.revision):
+            if part.split is not None or any("split" in record for _, record in islice(part.records(), 1)):
+                return True
+    return False
 
 
 def _at(places: Any, records: Iterator[tuple[Part, int, str, Record]]) -> Iterator[tuple[Part, int, str, Record]]:
