@@ -58,9 +58,9 @@ UNPROTECTED: dict[int, tuple[str, ...]] = {
 REMEDY = (
     "Level 4 needs unprivileged user namespaces: on Ubuntu 24.04 `sysctl -w "
     "kernel.apparmor_restrict_unprivileged_userns=0`, elsewhere `sysctl -w user.max_user_namespaces=10000`; a "
-    "container has to run with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined` or `--privileged`. Level 2 "
-    "needs Linux 6.12 with Landlock (`lsm=landlock,…` on the kernel's command line). To run without isolation, at your "
-    'own risk, set the sandbox to "allow_degraded" (level 1) or "unsafe" (level 0).'
+    "container has to run with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined` or "
+    "`--privileged`. Level 2 needs Linux 6.12 with Landlock (`lsm=landlock,…` on the kernel's command line). To run "
+    'without isolation, at your own risk, set the sandbox to "allow_degraded" (level 1) or "unsafe" (level 0).'
 )
 
 T = TypeVar("T")

@@ -13,28 +13,30 @@ if TYPE_CHECKING:
     from align.core.sandbox.slot import Slot
 
 _CODE = """
-import ctypes, os, signal, socket, subprocess, sys
-libc = ctypes.CDLL(None, use_errno=True)
+import os
 
-def refused(result):
-    if result < 0:
-        raise OSError(ctypes.get_errno(), "refused")
+def system_call(name, *arguments):
+    import ctypes
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
 
 def read(path): open(path).read()
 def write(path): open(path, "w").write("x")
 def list_folder(path): os.listdir(path)
-def connect(port): socket.create_connection(("127.0.0.1", port), 2)
+def connect(port):
+    import socket
+    socket.create_connection(("127.0.0.1", port), 2)
 def signal_process(pid): os.kill(pid, 0)
 def signal_all(_): os.kill(-1, 0)
 def start_process(_): os.fork()
 def execute(path): os.execv(path, [path])
-def trace(pid): refused(libc.ptrace(16, pid, 0, 0))
-def make_namespace(_): refused(libc.unshare(0x10000000))
+def trace(pid): system_call("ptrace", 16, pid, 0, 0)
+def make_namespace(_): system_call("unshare", 0x10000000)
 
 def attempt(name, argument):
     try:
         globals()[name](argument)
-    except (OSError, ImportError, AttributeError, subprocess.SubprocessError):
+    except (OSError, ImportError, AttributeError):
         return False
     return True
 

@@ -63,7 +63,9 @@ def enter(level: int) -> None:
     if level >= 1 and not seccomp.supported():
         raise Refused(f"a system call table for {platform.machine()}", errno.ENOSYS)
     if level == 2:
-        landlock.check(libc)
+        found = landlock.abi(libc)
+        if found < landlock.ABI:
+            raise Refused(f"Landlock ABI {landlock.ABI} (this kernel has {max(found, 0)})", errno.ENOSYS)
     if level == 1 and os.geteuid() != 0:
         raise Refused("another user's id (this process is not root)", errno.EPERM)
     if level == 4:
@@ -238,6 +240,8 @@ def confine(level: int, cpu_s: float, address_space: int) -> None:
             raise Refused("change to the user nobody", error.errno or 0) from None
     if level == 2:
         landlock.restrict(libc, _library_folders())
+    elif level == 4 and landlock.abi(libc) >= landlock.ABI:
+        landlock.restrict(libc, ["/"], ["/tmp"])
     _drop_capabilities(libc)
     try:
         seccomp.install(libc, seccomp.program(platform.machine(), os.getpid(), writes=level == 4))

@@ -7,7 +7,6 @@ include/uapi/linux/landlock.h; the system calls have the same numbers on every a
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 from collections.abc import Sequence
 
@@ -29,17 +28,14 @@ class _Beneath(ctypes.Structure):
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
-def check(libc: ctypes.PyDLL) -> None:
-    """Raise `Refused` where the kernel has no Landlock of ABI 6 or later."""
-    found = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION_FLAG))
-    if found < 0:
-        raise Refused("Landlock", ctypes.get_errno())
-    if found < ABI:
-        raise Refused(f"Landlock ABI {ABI} (this kernel has {found})", errno.ENOSYS)
+def abi(libc: ctypes.PyDLL) -> int:
+    """The kernel's version of Landlock; negative where it has none."""
+    return int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION_FLAG)))
 
 
-def restrict(libc: ctypes.PyDLL, readable: Sequence[str]) -> None:
-    """Leave the calling process the right to read the given folders and /dev/null, and no other right to any file."""
+def restrict(libc: ctypes.PyDLL, readable: Sequence[str], writable: Sequence[str] = ()) -> None:
+    """Leave the calling process the right to read the given folders and two devices, all rights to those that are
+    `writable`, and no other right to any file."""
 
     def attempt(step: str, result: int) -> int:
         if result < 0:
@@ -49,9 +45,9 @@ def restrict(libc: ctypes.PyDLL, readable: Sequence[str]) -> None:
     attributes = _Ruleset(_ALL_FS, _ALL_NET, _ALL_SCOPES)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     ruleset = attempt("landlock_create_ruleset", libc.syscall(_CREATE_RULESET, ctypes.byref(attributes), size, 0))
-    for path in (*readable, "/dev/null", "/dev/urandom"):
+    for path in (*readable, *writable, "/dev/null", "/dev/urandom"):
         folder = os.open(path, os.O_PATH)
-        rights = _READ_FILE | (0 if path.startswith("/dev/") else _READ_DIR)
+        rights = _ALL_FS if path in writable else _READ_FILE | (0 if path.startswith("/dev/") else _READ_DIR)
         rule = _Beneath(rights, folder)
         attempt(
             f"landlock_add_rule({path})",
