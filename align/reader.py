@@ -59,6 +59,7 @@ class Reader:
             what = "1 or more was expected" if processes < 1 else f"{stage.name} runs in one process only"
             self.problems.add((*at, "processes"), f"{what}, found {processes}")
         inner = {key: mapping(raw, (*at, key), self.problems) for key in ("in", "with", "engines", "speed")}
+        speed = checked(speed_of(stage), inner["speed"], (*at, "speed"), self.problems)
         return Step(
             name,
             verb,
@@ -66,9 +67,7 @@ class Reader:
             config=checked(stage.config, inner["with"], (*at, "with"), self.problems),
             inputs=self._inputs(stage, inner["in"], (*at, "in")),
             engines=self._engines(stage, inner["engines"], (*at, "engines")),
-            speed=checked(speed_of(stage), inner["speed"], (*at, "speed"), self.problems).model_dump(
-                exclude_unset=True
-            ),
+            speed=speed.model_dump(exclude_unset=True),
             processes=processes,
         )
 

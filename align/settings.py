@@ -76,11 +76,23 @@ def _told(of: type[BaseModel], error: Any, where: Key) -> str:
         fields = _fields(of, where[:-1])
         described = fields[where[-1]].description if fields and where[-1] in fields else None
         return "missing" + (f": {described}" if described else "")
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
-    message = message.replace("valid ", "").replace("a string", "text")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    return f"{message}, found {found(error['input'])}"
+    wanted = _WANTED.get(error["type"]) or message.replace("Input should be", "").strip()
+    return f"expected {wanted}, found {found(error['input'])}"
+
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+}
 
 
 def _fields(of: type[BaseModel], where: Key) -> dict[Any, Any] | None:

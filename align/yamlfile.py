@@ -96,9 +96,14 @@ def value(text: str) -> Any:
         document = parse(text, "")
     except RecipeError:
         return text
-    found, first = document.data, text.lstrip()[:1]
-    meant = first in "'\"" if isinstance(found, str) else first in "[{" if isinstance(found, (list, dict)) else True
-    return found if first and meant and not document.problems else text
+    found, stripped = document.data, text.strip()
+    meant = {
+        str: stripped.startswith(("'", '"')),
+        list: stripped.startswith("["),
+        dict: stripped.startswith("{"),
+        type(None): stripped.lower() in ("null", "~"),
+    }.get(type(found), True)
+    return found if meant and not document.problems else text
 
 
 def split_argument(argument: str) -> tuple[tuple[str, ...], Any]:
