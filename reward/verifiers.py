@@ -60,6 +60,11 @@ class Verifiers:
         if code is not None:
             code.__exit__(kind, error, trace)
 
+    @property
+    def sandbox_report(self) -> dict[str, Any] | None:
+        """How code was isolated, for manifests; None while none has run."""
+        return None if self._code is None else self._code.report
+
     def verify(self, task: Any, completion: Any, reference: Any, prompt: Any = "") -> Verdict:
         """The verdict of one row."""
         return next(iter(self.verify_many([(task, completion, reference, prompt)])))
