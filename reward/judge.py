@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,13 +43,13 @@ class Judge:
     """Judges completions with a model.
 
     Raises:
-        DataError: the template can't be found, or lacks `{completion}`.
+        DataError: the template can't be found, or lacks a placeholder that it `needs`.
     """
 
-    def __init__(self, engine: Engine, config: JudgeConfig, seed: int) -> None:
+    def __init__(self, engine: Engine, config: JudgeConfig, seed: int, needs: Sequence[str] = ("completion",)) -> None:
         self.engine = engine
         self.config = config
-        self.template = load_template(config.judge_template, TEMPLATES, ["completion"])
+        self.template = load_template(config.judge_template, TEMPLATES, needs)
         self.params = SamplingParams(max_tokens=config.judge_max_tokens, temperature=0.0, seed=seed)
 
     def judge_many(self, items: Iterable[tuple[Item, Mapping[str, str]]]) -> Iterator[tuple[Item, Verdict]]:

@@ -1,0 +1,176 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align.core.engines.scripted import ScriptedEngine
+from align.core.errors import DataError, EngineError
+from align.core.records import Kind, Row
+from align.core.store import Table
+from data_synthesis.select import STAGE, complexity_first, richness
+
+from .conftest import Bench, a_prompt
+
+
+def numbered(rows: list[str]) -> list[np.ndarray[Any, Any]]:
+    return [np.array([ord(letter) for letter in row], dtype=np.int32) for row in rows]
+
+
+GOLDEN = ["ab", "abc", "d", "bc", "abd", "", "c", "e"]
+"""By hand. By number of tags, ties in the order given: 1 abc, 4 abd, 0 ab, 3 bc, 2 d, 6 c, 7 e, 5 (none).
+Pass 1: abc (T = abc), abd (adds d), ab no, bc no, d no, c no, e (adds e). Left: 0 ab, 3 bc, 2 d, 6 c, 5.
+Pass 2: ab (T = ab), bc (adds c), d (adds d), c no. Left: 6 c, 5.
+Pass 3: c. Left: 5. Pass 4: nothing moves."""
+
+
+def test_complexity_first_diverse_sampling_takes_what_the_paper_takes() -> None:
+    order = [1, 4, 7, 0, 3, 2, 6]
+    for count in range(1, 8):
+        assert complexity_first(numbered(GOLDEN), range(8), count) == order[:count]
+
+
+def test_untagged_instructions_never_qualify() -> None:
+    assert complexity_first(numbered(GOLDEN), range(8), 100) == [1, 4, 7, 0, 3, 2, 6]
+    assert complexity_first(numbered(["", ""]), range(2), 1) == []
+
+
+def test_the_shortcut_at_full_coverage_changes_nothing() -> None:
+    """Against the plain algorithm, which looks at every instruction in every pass."""
+
+    def plain(tags: list[set[int]], count: int) -> list[int]:
+        left, selected = sorted(range(len(tags)), key=lambda i: -len(tags[i])), list[int]()
+        while len(selected) < count and left:
+            covered: set[int] = set()
+            moved = []
+            for i in left:
+                if len(selected) < count and tags[i] - covered:
+                    moved.append(i)
+                    selected.append(i)
+                    covered |= tags[i]
+            if not moved:
+                break
+            left = [i for i in left if i not in moved]
+        return selected
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        tags = [np.unique(rng.integers(0, 12, rng.integers(0, 5))).astype(np.int32) for _ in range(40)]
+        count = int(rng.integers(1, 45))
+        assert complexity_first(tags, range(40), count) == plain([set(t.tolist()) for t in tags], count)
+
+
+def test_richness_is_distinct_words_over_the_root_of_all_words() -> None:
+    """Four words, two of them distinct: 2 / sqrt(4) = 1. Nine distinct words: 9 / 3 = 3."""
+    assert richness("Buy, buy! Sell sell.") == 1.0
+    assert richness("a b c d e f g h i") == 3.0
+    assert richness("...") == 0.0
+
+
+def pool() -> list[Row]:
+    return [a_prompt(i, f"say {i}", tags=list(tags), family="ab"[i % 2]) for i, tags in enumerate(GOLDEN)]
+
+
+def test_the_selected_rows_come_in_order_with_their_scores(bench: Bench) -> None:
+    rows = bench.run(STAGE, {"count": 3}, prompts=pool())
+    chosen = sorted(rows, key=lambda row: row["selection_rank"])
+    assert {row["prompt_id"] for row in chosen[:2]} == {"p1", "p4"} and chosen[2]["prompt_id"] == "p7"
+    assert [row["prompt_id"] for row in rows] == ["p1", "p4", "p7"]
+    assert [row["score_diversity"] for row in chosen] == [3, 1, 1]
+    assert [row["score_complexity"] for row in chosen] == [3, 3, 1]
+    assert rows[0]["score_richness"] == pytest.approx(2 / 2**0.5)
+    assert rows[0]["score_completeness"] is None
+    summary = bench.summary
+    assert (summary["pool"], summary["selected"], summary["untagged"], summary["tags"]) == (8, 3, 1, 5)
+    assert (summary["coverage_before"], summary["coverage_after"]) == (1.0, 1.0)
+    assert (summary["complexity_before"], summary["complexity_after"]) == (1.625, 2.3333)  # 13 tags of 8, 7 of 3
+    assert summary["tags_before"] == {"b": 4, "c": 3, "a": 3, "d": 2, "e": 1}
+    assert summary["tags_after"] == {"b": 2, "c": 1, "a": 2, "d": 1, "e": 1}
+
+
+def test_fewer_instructions_cover_fewer_tags(bench: Bench) -> None:
+    bench.run(STAGE, {"count": 1}, prompts=pool())
+    assert bench.summary["coverage_after"] == 0.6
+
+
+def test_the_random_control_needs_no_tags_and_follows_the_seed(bench: Bench) -> None:
+    prompts = [a_prompt(i) for i in range(40)]
+    draws = [
+        tuple(
+            row["prompt_id"] for row in bench.run(STAGE, {"count": 5, "method": "random"}, seed=seed, prompts=prompts)
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    assert len(set(draws[0])) == 5
+    with pytest.raises(DataError, match="method=complexity_first needs a column `tags`"):
+        bench.run(STAGE, {"count": 5}, prompts=prompts)
+
+
+def test_complexity_alone_takes_the_most_tags(bench: Bench) -> None:
+    rows = bench.run(STAGE, {"count": 4, "method": "complexity"}, prompts=pool())
+    assert {row["prompt_id"] for row in rows} == {"p0", "p1", "p3", "p4"}
+
+
+def test_richness_alone_takes_the_richest(bench: Bench) -> None:
+    prompts = [a_prompt(i, text) for i, text in enumerate(("a a a a", "a b c d", "a b c d e f"))]
+    rows = bench.run(STAGE, {"count": 2, "method": "richness"}, prompts=prompts)
+    assert [row["prompt_id"] for row in rows] == ["p1", "p2"]
+
+
+def test_tags_go_through_the_ontology(bench: Bench) -> None:
+    ontology = bench.table(
+        [
+            {"tag": "vowel", "count": 3, "members": ["a", "e"], "parent": None, "examples": []},
+            {"tag": "b", "count": 3, "members": ["b"], "parent": None, "examples": []},
+            {"tag": "unseen", "count": 3, "members": ["z"], "parent": None, "examples": []},
+        ],
+        Kind.ONTOLOGY,
+    )
+    rows = bench.run(STAGE, {"count": 10}, prompts=pool(), ontology=ontology)
+    assert {row["prompt_id"]: row["tags"] for row in rows} == {
+        "p0": ["vowel", "b"], "p1": ["vowel", "b"], "p3": ["b"], "p4": ["vowel", "b"], "p7": ["vowel"]
+    }  # fmt: skip
+    assert bench.summary["tags"] == 3 and bench.summary["coverage_after"] == 0.6667
+
+
+def test_held_out_instructions_are_never_selected(bench: Bench) -> None:
+    prompts = [*pool(), a_prompt(9, tags=list("abcdefgh"), split="test")]
+    rows = bench.run(STAGE, {"count": 100}, prompts=prompts)
+    assert {row["split"] for row in rows} == {"train"}
+    assert bench.summary["skipped"] == {"split test": 1}
+
+
+def test_instructions_that_the_judge_finds_incomplete_are_not_selected(bench: Bench) -> None:
+    """On 1 to 10 the threshold is 6: "say 1" gets 5 and "say 4" gets 6, (6−1)/9 = 0.556; the others 10. Without "say 1"
+    the first is abd, and the next that adds a tag is bc.
+    """
+
+    def judge(prompt: Any, index: int) -> str:
+        text = prompt[0]["content"].splitlines()[3]
+        return {"say 1": "5", "say 4": "6"}.get(text, "10")
+
+    rows = bench.run(STAGE, {"count": 2}, {"judge": ScriptedEngine(judge)}, prompts=pool())
+    assert {row["prompt_id"] for row in rows} == {"p4", "p7"} or {row["prompt_id"] for row in rows} <= {
+        "p0",
+        "p3",
+        "p4",
+    }
+    assert "p1" not in {row["prompt_id"] for row in rows}
+    assert {row["prompt_id"]: row["score_completeness"] for row in rows}["p4"] == pytest.approx(5 / 9)
+    assert bench.summary["candidates"] == 7
+    with pytest.raises(EngineError, match=r"select \(judge\): 8 of 8"):
+        bench.run(STAGE, {"count": 2}, {"judge": ScriptedEngine(["hm"])}, prompts=pool())
+
+
+def test_nothing_to_select_is_an_error(bench: Bench) -> None:
+    with pytest.raises(DataError, match="none of the 1 instructions qualifies"):
+        bench.run(STAGE, {"count": 2}, prompts=[a_prompt(1, tags=[])])
+    with pytest.raises(DataError, match="no instruction in the splits train"):
+        bench.run(STAGE, {"count": 2}, prompts=[a_prompt(1, tags=["a"], split="dev")])
+
+
+def test_several_tables_of_prompts_are_one_pool(bench: Bench) -> None:
+    one = bench.table([a_prompt(1, tags=["a"])], Kind.PROMPTS)
+    two = bench.table([a_prompt(2, tags=["b"])], Kind.PROMPTS)
+    rows = bench.run(STAGE, {"count": 2}, prompts=Table([*one.files, *two.files], "both", "f"))
+    assert len(rows) == 2
