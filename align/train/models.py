@@ -58,7 +58,8 @@ def load_policy(model: ModelRef, speed: Speed, frozen: bool = False) -> Any:
         if (path / "adapter_config.json").exists():
             from peft import AutoPeftModelForCausalLM
 
-            loaded = AutoPeftModelForCausalLM.from_pretrained(model.path, dtype=dtype).merge_and_unload()
+            adapted = AutoPeftModelForCausalLM.from_pretrained(model.path, dtype=dtype)
+            loaded = adapted.merge_and_unload().requires_grad_(True)
         else:
             revision = model.revision or "main"
             loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, revision=revision)
