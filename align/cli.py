@@ -44,8 +44,10 @@ def main() -> None:
     commands = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands] + ["recipes"]
     verb = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     if verb is not None and sys.argv[1] == verb and verb not in commands:
-        print(f"align {verb}: there is no such command; {nearest(verb, commands)}", file=sys.stderr)
-        sys.exit(2)
+        if ":" not in verb:
+            print(f"align {verb}: there is no such command; {nearest(verb, commands)}", file=sys.stderr)
+            sys.exit(2)
+        _add_stage(verb, "a stage of your own")  # package.module:NAME
     app(prog_name="align")
 
 
@@ -212,14 +214,18 @@ def _stage_command(verb: str) -> Callable[..., None]:
     return command
 
 
-for _verb, (_, _summary) in TABLE.items():
+def _add_stage(verb: str, summary: str) -> None:
     app.command(
-        _verb,
-        help=_summary,
+        verb,
+        help=summary,
         add_help_option=False,
         rich_help_panel="Stages, each alone: align STAGE [FILE.yaml] key=value … out=FOLDER",
         context_settings={"ignore_unknown_options": True},
-    )(_stage_command(_verb))
+    )(_stage_command(verb))
+
+
+for _verb, (_, _summary) in TABLE.items():
+    _add_stage(_verb, _summary)
 
 
 def _run_stage(verb: str, given: list[str]) -> None:

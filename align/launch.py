@@ -50,7 +50,9 @@ def launch(step: Step, inputs: Mapping[str, Table | ModelRef], seed: int, work: 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={step.processes}"]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // step.processes))
     process = subprocess.Popen(
-        [*command, "-m", "align.launch", str(spec_file)], env={**os.environ, "OMP_NUM_THREADS": threads}
+        [*command, "-m", "align.launch", str(spec_file)],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        preexec_fn=_end_with_parent,
     )
     try:
         status = process.wait()
@@ -101,10 +103,13 @@ def main(spec_file: Path) -> None:
         (spec_file.parent / "result.json").write_text(json.dumps(result.summary), encoding="utf-8")
 
 
+_LIBC = ctypes.CDLL(None)
+
+
 def _end_with_parent() -> None:
     """Has the kernel end this process when the one that started it is gone: a killed run leaves no trainers behind."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             children.clear()
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 

@@ -137,7 +137,8 @@ def train(config: TrainConfig, inputs: Mapping[str, Table | ModelRef], tools: To
         if config.log:
             with Path(config.log).open("a") as log:
                 log.write(f"{rank} {step}\n")
-        place.write_text(str(step + 1))
+        place.with_suffix(".part").write_text(str(step + 1))
+        place.with_suffix(".part").rename(place)
     if rank == 0:
         model = tools.out / "model"
         model.mkdir(parents=True, exist_ok=True)
@@ -201,3 +202,10 @@ def build(settings: ScriptedSettings, *, generator: str | None = None, fingerpri
 
 
 SCRIPTED = Backend(ScriptedSettings, build, local=False)
+
+
+def refuse(config: TrainConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
+    raise DataError("it won't")
+
+
+REFUSE = Stage("refuse", "refuses", TrainConfig, {}, Kind.MODEL, refuse, trains=True)
