@@ -80,8 +80,8 @@ def run(config: SelectConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
     if not len(chosen):
         raise DataError(
             f"select: none of the {len(pool)} instructions qualifies: they have no tags"
-            f"{' of the ontology' if ontology else ''}, or the judge finds none complete; look at the summary of `tag`, "
-            "or take method=random"
+            f"{' of the ontology' if ontology else ''}, or the judge finds none complete; look at the summary of "
+            "`tag`, or take method=random"
         )
     summary = pool.summary(chosen, len(set(atomic.values())) if atomic else None)
     summary["candidates"] = len(allowed)
