@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.core.records import Verdict
-from reward.arithmetic import Equation, equation_key, equations, equations_hold
+from reward.equations import Equation, equation_key, equations, equations_hold
 from reward.same_answer import NUMBER, same_answer
 
 __all__ = ["Equation", "equation_key", "equations", "equations_hold", "final_answer", "same_answer", "verify"]

@@ -46,7 +46,7 @@ EITHER = _words(
     by for from to of with over after before until during about against is are was be been am do did have has
     had having can could will would should may might must not no never also first second third next last later
     now today once again just only every each all any much more few several one two three another other let make
-    use get go take give keep start see look come well hey
+    use get go take give keep start see look come well hey oh sure alright interesting
     """
 )
 """Words that newspapers capitalise inside a sentence too (titles, names), so that a capital proves nothing."""
@@ -100,7 +100,8 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
         stop = marks[-1].end()
         inside = stop < end
         after = text[stop] if inside else " " + text[runs[i + 1][0] : runs[i + 1][1]][:_LONGEST_TOKEN]
-        if _has_break(text[max(start, stop - _LONGEST_TOKEN) : stop] + after):
+        opens_line = start == 0 or text[start - 1] == "\n"
+        if _has_break(text[max(start, stop - _LONGEST_TOKEN) : stop] + after, opens_line):
             yield last, stop
             last = stop if inside else runs[i + 1][0]
     yield last, len(text.rstrip())
@@ -118,10 +119,10 @@ class _Token(NamedTuple):
         return lowered[:-1] if self.breaks and len(lowered) > 1 and lowered.endswith(".") else lowered
 
 
-def _has_break(context: str) -> bool:
+def _has_break(context: str, opens_line: bool) -> bool:
     """Whether a sentence ends within the words around a candidate mark."""
     tokens = [_first_look(t) for t in _TOKEN.findall(context)]
-    return any(_second_look(a, b) for a, b in pairwise(tokens))
+    return any(_second_look(a, b, opens_line) for a, b in pairwise(tokens))
 
 
 def _first_look(text: str) -> _Token:
@@ -135,7 +136,7 @@ def _first_look(text: str) -> _Token:
     return _Token(text, False, False)
 
 
-def _second_look(token: _Token, following: _Token) -> bool:
+def _second_look(token: _Token, following: _Token, opens_line: bool) -> bool:
     """Whether a sentence ends at `token`, now that the word after it is known."""
     if not token.text.endswith("."):
         return token.breaks
@@ -150,8 +151,8 @@ def _second_look(token: _Token, following: _Token) -> bool:
     if initial or "##number##" in token.type:
         if starts is False:
             return False
-        if initial and capital and following.type not in STARTERS | EITHER:
-            return False  # "J. Smith"
+        if initial and capital and not opens_line and following.type not in STARTERS | EITHER:
+            return False  # "J. Smith", but not the heading "I. Introduction"
     return token.breaks
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward.arithmetic import equation_key, equations, equations_hold, value, value_at
+from reward.arithmetic import value, value_at
+from reward.equations import equation_key, equations, equations_hold
 
 
 @pytest.mark.parametrize(
