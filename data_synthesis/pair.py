@@ -36,6 +36,10 @@ class PairConfig(StageConfig):
     chosen_passes: bool = Field(
         True, description="never choose a completion that a verifier failed, however well graded"
     )
+    max_broken_share: float = Field(
+        0.2, ge=0, le=1, description="largest share of pairs whose rejected code does not run at all, for such pairs are "
+        "easy; kept from the first pair on [our choice]",
+    )  # fmt: skip
     answers: bool = Field(
         False, description="where no completion of a prompt may be chosen, its gold answer (the column `answer`) is, "
         "with reward 1 and verdict passed",
@@ -58,7 +62,7 @@ def run(config: PairConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools
 def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     counts: Counter[str] = Counter()
     families: Counter[str] = Counter()
-    prompts = pairs_given = 0
+    prompts = pairs_given = broken = 0
     margins = 0.0
     tools.progress.start(len(table), "completions")
     for rows in by_prompt(table, tools.work):
@@ -77,6 +81,11 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
             )
             counts.update(of_prompt)
             for pair in pairs:
+                if rows[pair.rejected].get("runs") is False:
+                    if broken + 1 > config.max_broken_share * (pairs_given + 1):
+                        counts["rejected_does_not_run"] += 1
+                        continue
+                    broken += 1
                 pairs_given += 1
                 margins += pair.margin
                 families[str(rows[0]["family"])] += 1

@@ -65,7 +65,7 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
     skipped: Counter[str] = Counter()
     tally = Tally()
     tools.progress.start(len(table), "prompts")
-    with Verifiers() as verifiers:
+    with Verifiers(config.sandbox) as verifiers:
         prompts = wanted(table.rows(), config.splits, skipped)
         answers = sampled(prompts, engine, config.samples, config.params(tools.seed))
         groups = verified(answers, verifiers, engine.generator, ErrorBudget("reject", config.max_error_share))
@@ -78,6 +78,8 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
             yield from rows
             tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
             summary.update(tally.summary(), skipped=dict(skipped))
+        if verifiers.sandbox_report:
+            summary["sandbox"] = verifiers.sandbox_report
     tally.check("reject", table.name, skipped)
 
 

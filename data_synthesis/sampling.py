@@ -1,4 +1,4 @@
-"""Sample completions for prompts, verify them, and give them back prompt by prompt: what `reject`, `execute` share."""
+"""Sampling completions, verifying them, giving them back prompt by prompt: what the sampling stages share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from align.core.engines.base import Completion, Engine, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError, EngineError
 from align.core.records import Row, Split, Verdict
+from align.core.sandbox import Accept
 from align.core.stage import StageConfig
 from reward.verifiers import Verifiers
+
+NOT_RUNNING = ("does not compile", "the program raised")
+"""How the code verifier's detail begins for a program that never got as far as its tests."""
 
 Group = TypeVar("Group")
 Question = TypeVar("Question")
@@ -37,6 +41,15 @@ class SamplingConfig(StageConfig):
         0.05, ge=0, le=1,
         description="the stage fails when a larger share of completions can't be sampled or verified (timeouts apart)",
     )  # fmt: skip
+
+    accept: Accept = Field("isolated", description="what isolation is enough to run code; unsafe runs it without any")
+    cpu_s: float = Field(5.0, gt=0, description="CPU seconds for all tests of one program")
+    memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
+
+    @property
+    def sandbox(self) -> dict[str, Any]:
+        """The verifiers' view of these settings."""
+        return {"accept": self.accept, "cpu_s": self.cpu_s, "memory_mb": self.memory_mb}
 
     def params(self, seed: int) -> SamplingParams:
         """The engine's view of these settings."""
@@ -82,7 +95,9 @@ class ErrorBudget:
 
 
 def completion_row(row: Row, index: int, completion: Completion, verdict: Verdict, generator: str) -> Row:
-    """A COMPLETIONS row: the prompt's row, the completion and what is known of it."""
+    """A COMPLETIONS row: the prompt's row, the completion and what is known of it; for code also whether it `runs`."""
+    is_code = row["task"] == "code"
+    runs = verdict.verdict != "error" and not verdict.detail.startswith(NOT_RUNNING)
     return {
         **row,
         "sample_index": index,
@@ -92,6 +107,7 @@ def completion_row(row: Row, index: int, completion: Completion, verdict: Verdic
         "detail": verdict.detail,
         "generator": generator,
         "finish_reason": completion.finish_reason,
+        **({"runs": runs} if is_code else {}),
     }
 
 
@@ -104,13 +120,25 @@ def last_user_text(row: Row) -> str:
 
 
 def wanted(
-    rows: Iterable[Row], splits: Sequence[str], skipped: Counter[str], tasks: Sequence[str] | None = None
+    rows: Iterable[Row],
+    splits: Sequence[str],
+    skipped: Counter[str],
+    tasks: Sequence[str] | None = None,
+    verified: bool = True,
 ) -> Iterator[Row]:
-    """Yields the rows worth sampling and counts the others: another split, no task, a task that isn't asked for."""
+    """Yields the rows worth sampling and counts the others: another split, no task, a task that isn't asked for.
+
+    Args:
+        rows: prompts.
+        splits: those to sample.
+        skipped: takes the counts.
+        tasks: those to sample; None for all.
+        verified: whether a row needs a task at all (a judge needs none).
+    """
     for row in rows:
         if row["split"] not in splits:
             skipped[f"split {row['split']}"] += 1
-        elif row["task"] is None:
+        elif verified and row["task"] is None:
             skipped["no task: nothing can verify it"] += 1
         elif tasks is not None and row["task"] not in tasks:
             skipped[f"task {row['task']}"] += 1
