@@ -71,7 +71,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Record]]:
 
 def _parse(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except (ValueError, RecursionError) as problem:
         what = f"{problem.msg} at column {problem.colno}" if isinstance(problem, json.JSONDecodeError) else str(problem)
         raise DataError(f"{place}: is no JSON ({what}): {line[:60].decode('utf-8', 'replace').strip()}") from problem
