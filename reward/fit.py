@@ -25,8 +25,9 @@ from align.core.chat import IGNORED
 from align.core.errors import RecipeError
 from align.core.records import Row
 from align.core.stage import Tools
+from reward.batches import Encoded, batch_rewards
 from reward.gate import Judged, best_of_n
-from reward.model import Card, Encoded, RewardModel, batch_rewards, collate
+from reward.model import Card, RewardModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +80,16 @@ def group_loss(rewards: Tensor, values: Tensor, groups: Tensor, margin: float, c
     return (loss / pairs_of_group[groups[better]]).sum()
 
 
-def batch_loss(objective: Objective, model: Any, card: Card, rows: list[Row], pad_id: int, device: Any) -> Tensor:
+def batch_loss(objective: Objective, model: Any, card: Card, rows: list[Row], device: Any) -> Tensor:
     """The loss of some groups, summed over them."""
-    batch = collate([pair for row in rows for pair in encoded_pairs(row)], pad_id)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    encoded = [pair for row in rows for pair in encoded_pairs(row)]
     values = torch.tensor([value for row in rows for value in row["values"]], device=device)
     groups = torch.tensor([number for number, row in enumerate(rows) for _ in row["values"]], device=device)
-    rewards = batch_rewards(model, card, batch)
+    rewards = batch_rewards(model, card.head, card.coef, encoded)
     loss = group_loss(rewards, values, groups, objective.margin, objective.centering)
     if objective.nll:
-        per_token = -rewards / card.coef / (batch["labels"] != IGNORED).sum(dim=1)
+        tokens = [sum(label != IGNORED for label in labels) for _, labels in encoded]
+        per_token = -rewards / card.coef / torch.tensor(tokens, device=device)
         worst = torch.full((len(rows),), math.inf, device=device).scatter_reduce(0, groups, values.float(), "amin")
         better = values > worst[groups]
         of_group = torch.bincount(groups[better], minlength=len(rows))
@@ -152,9 +153,7 @@ def fit(
             with nullcontext() if last else accelerator.no_sync(model):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
                     rows = [train[int(place)] for place in places]
-                    part = batch_loss(
-                        objective, model, judge.card, rows, judge.model.config.pad_token_id, accelerator.device
-                    )
+                    part = batch_loss(objective, model, judge.card, rows, accelerator.device)
                     part = part / len(mine)
                 accelerator.backward(part)
                 loss += float(part.detach())

@@ -12,33 +12,25 @@ refused instead of scoring at random.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from align.core.chat import IGNORED, encode_demonstrations
 from align.core.errors import DataError, ModelError
 from align.core.records import Messages
 from align.core.store import ModelRef
+from reward.batches import Encoded, batch_rewards, batches_to_score
+from reward.loading import Head, distinct_pad_id, find_file, load_model, load_tokenizer, template_hash
 
 FILE = "reward_model.json"
 """Stands beside the weights and says how they are to be read."""
-
-Head = Literal["scalar", "logprob"]
-Encoded = tuple[list[int], list[int]]
-"""Token ids of prompt and completion, and labels: the completion's ids at its places, IGNORED elsewhere."""
-
-BATCH_TOKENS = 16_384
-LOGITS_AT_ONCE = 2**27
-"""Bounds of a batch when scoring: padded tokens, and (log-prob head) logits, half a gigabyte of float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +141,14 @@ class RewardModel:
         return [pair for pair in encoded if pair is not None]
 
     def score_encoded(self, encoded: Sequence[Encoded]) -> list[float]:
-        """Rewards of encoded pairs: batches of like length, so that padding is little and never read."""
+        """Rewards of encoded pairs, in their order."""
         scores = [0.0] * len(encoded)
         training = self.model.training
         self.model.eval()
-        device = next(self.model.parameters()).device
         try:
             with torch.no_grad():
-                for places in self._batches(encoded):
-                    batch = collate([encoded[i] for i in places], self.model.config.pad_token_id)
-                    rewards = batch_rewards(self.model, self.card, {k: v.to(device) for k, v in batch.items()})
+                for places in batches_to_score(self.model, self.card.head, encoded):
+                    rewards = batch_rewards(self.model, self.card.head, self.card.coef, [encoded[i] for i in places])
                     for i, reward in zip(places, rewards.tolist(), strict=True):
                         scores[i] = reward
         finally:
@@ -184,19 +174,6 @@ class RewardModel:
         gate = self.card.gates.get(family)
         return gate is not None and not gate.closed and gate.best_above is not None and score >= gate.best_above
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
-        budget = BATCH_TOKENS
-        if self.card.head == "logprob":
-            budget = min(budget, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        batch: list[int] = []
-        for place in sorted(range(len(encoded)), key=lambda i: len(encoded[i][0])):
-            if batch and (len(batch) + 1) * len(encoded[place][0]) > budget:
-                yield batch
-                batch = []
-            batch.append(place)
-        if batch:
-            yield batch
-
     def _as_its_authors_do(self, messages: Messages) -> Encoded:
         if self.tokenizer.chat_template is None:
             raise ModelError(f"{self.name}: its tokenizer has no chat template, so messages can't be scored")
@@ -220,33 +197,6 @@ def _best_and_worst(gates: dict[str, Gate] | None, family: str, scores: Sequence
     return (best, worst) if believed else None
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, (B, T), padded on the right, where no causal model looks."""
-    longest = max(len(ids) for ids, _ in encoded)
-    rows = [(ids, labels, longest - len(ids)) for ids, labels in encoded]
-    return {
-        "input_ids": torch.tensor([ids + [pad_id] * pad for ids, _, pad in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * pad for ids, _, pad in rows]),
-        "labels": torch.tensor([labels + [IGNORED] * pad for _, labels, pad in rows]),
-    }
-
-
-def batch_rewards(model: Any, card: Card, batch: dict[str, Tensor]) -> Tensor:
-    """Rewards of a collated batch, (B,), float32, with gradient; logits only where a completion is predicted."""
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    if card.head == "scalar":
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits[:, 0].float()
-    first = int((labels != IGNORED).any(dim=0).int().argmax())  # a label, so at least 1: a prompt is never empty
-    keep = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-    targets = labels[:, first:]
-    scored = targets != IGNORED
-    logps = -torch.nn.functional.cross_entropy(logits[scored].float(), targets[scored], reduction="none")
-    rows = scored.nonzero()[:, 0]
-    return card.coef * torch.zeros(len(ids), device=ids.device).index_add(0, rows, logps)
-
-
 def load_reward_model(path_or_ref: str | Path | ModelRef, device: str = "cpu", dtype: str | None = None) -> RewardModel:
     """Loads a reward model made by the stage `reward`, or any sequence-classification one with a single output.
 
@@ -261,7 +211,7 @@ def load_reward_model(path_or_ref: str | Path | ModelRef, device: str = "cpu", d
     """
     path = path_or_ref.path if isinstance(path_or_ref, ModelRef) else str(path_or_ref)
     name = path_or_ref.name if isinstance(path_or_ref, ModelRef) else path
-    card_file = _card_file(path)
+    card_file = find_file(path, FILE)
     card = Card() if card_file is None else Card.read(card_file)
     wanted = dtype or ("float32" if device == "cpu" else "auto")
     model, missing = load_model(path, card.head, wanted)
@@ -278,96 +228,3 @@ def load_reward_model(path_or_ref: str | Path | ModelRef, device: str = "cpu", d
     if model.config.pad_token_id is None:
         model.config.pad_token_id = distinct_pad_id(tokenizer)
     return RewardModel(model.to(device).eval(), tokenizer, card, name)
-
-
-def load_model(path: str, head: Head, dtype: str, **config: Any) -> tuple[Any, list[str]]:
-    """A language model or sequence classifier of one output, and the names of weights that its checkpoint lacks.
-
-    A LoRA adapter is merged into its base.
-
-    Args:
-        path: a folder or a Hub id.
-        head: scalar or logprob.
-        dtype: auto, float32, bfloat16, float16.
-        config: entries of the model's config to set.
-    """
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    is_adapter = (Path(path) / "adapter_config.json").is_file()
-    kind = AutoModelForSequenceClassification if head == "scalar" else AutoModelForCausalLM
-    try:
-        base = path
-        if is_adapter:
-            adapter = PeftConfig.from_pretrained(path)
-            base = str(adapter.base_model_name_or_path)
-            adapter.task_type = None  # a policy's adapter fits under a scalar head as well
-            if head == "scalar":
-                config.setdefault("num_labels", 1)
-        model, info = kind.from_pretrained(base, dtype=dtype, output_loading_info=True, **config)
-        missing = sorted(info["missing_keys"])
-        if is_adapter:
-            model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
-            missing = [key for key in missing if not _adapter_has(Path(path), key)]
-    except (OSError, ValueError, KeyError, RuntimeError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise ModelError(
-            f"{path}: it can't be loaded as a reward model with a {head} head: {first}; "
-            "give a folder made by save_pretrained, or the id of a model on the Hub"
-        ) from problem
-    return model, missing
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a model's folder, or of its base where an adapter's folder has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise ModelError(f"{path}: no tokenizer can be loaded from it: {first}; save one into the folder") from problem
-
-
-def template_hash(tokenizer: Any) -> str:
-    """A short hash of the chat template."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
-
-
-def distinct_pad_id(tokenizer: Any) -> int:
-    """A pad token that no sequence ends with: the classifier's head reads the last token that is not a pad.
-
-    Raises:
-        ModelError: the vocabulary has no special token to spare.
-    """
-    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
-    spare = [i for i, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, *spare):
-        if candidate is not None and candidate not in ends and candidate != tokenizer.bos_token_id:
-            return int(candidate)
-    raise ModelError(
-        f"{tokenizer.name_or_path}: its pad token is its end token, and no other special token is free; "
-        "add a pad token to the tokenizer and a row to the embeddings"
-    )
-
-
-def _card_file(path: str) -> Path | None:
-    """The card in a folder, or in a Hub repository; None where there is none."""
-    if Path(path).is_dir():
-        return Path(path) / FILE if (Path(path) / FILE).is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            path, FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-    except OSError:  # no folder and no Hub id: loading the weights will say so
-        return None
-    return None if found is None else Path(found)
-
-
-def _adapter_has(folder: Path, key: str) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-        return any(name.endswith(f".{key}") for name in weights.keys())  # noqa: SIM118

@@ -32,21 +32,12 @@ from align.core.errors import DataError, ModelError, RecipeError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
+from reward.batches import Encoded
 from reward.comparisons import groups_on_disk, read_groups
 from reward.fit import Objective, Schedule, encoded_pairs, fit, judge_groups
 from reward.gate import Judged, calibrate, figures
-from reward.model import (
-    Card,
-    Encoded,
-    Gate,
-    Head,
-    RewardModel,
-    distinct_pad_id,
-    load_model,
-    load_reward_model,
-    load_tokenizer,
-    template_hash,
-)
+from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, template_hash
+from reward.model import Card, Gate, RewardModel, load_reward_model
 
 
 class Config(StageConfig):

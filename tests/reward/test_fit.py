@@ -71,7 +71,7 @@ def test_groups_together_have_the_gradient_of_groups_apart(objective: Objective)
     for parts in ([GROUPS], [[group] for group in GROUPS]):
         model = make_model("qwen2")
         for part in parts:
-            batch_loss(objective, model, card, part, 0, "cpu").backward()
+            batch_loss(objective, model, card, part, "cpu").backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-4)
     assert gradients[0].norm() > 0.1
@@ -81,8 +81,8 @@ def test_the_nll_term_is_the_better_completions_mean_loss_per_token() -> None:
     """One group, right completion of 3 tokens: nll adds 2 * its mean negative log-probability, nothing of the wrong."""
     model, card, group = make_model("qwen2").eval(), Card("logprob", 0.3), GROUPS[0]
     with torch.no_grad():
-        plain = batch_loss(Objective(), model, card, [group], 0, "cpu")
-        with_nll = batch_loss(Objective(nll=2.0), model, card, [group], 0, "cpu")
+        plain = batch_loss(Objective(), model, card, [group], "cpu")
+        with_nll = batch_loss(Objective(nll=2.0), model, card, [group], "cpu")
         logps = model(torch.tensor([group["ids"][0]])).logits[0].log_softmax(-1)
     nll = -sum(float(logps[3 + i, token]) for i, token in enumerate(group["labels"][0][4:])) / 3
     assert float(with_nll - plain) == pytest.approx(2 * nll, abs=1e-4)

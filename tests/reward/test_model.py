@@ -11,7 +11,8 @@ import torch
 
 from align.core.chat import prompt_ids
 from align.core.errors import DataError, ModelError
-from reward.model import Card, Gate, RewardModel, distinct_pad_id, load_reward_model, template_hash
+from reward.loading import distinct_pad_id, template_hash
+from reward.model import Card, Gate, RewardModel, load_reward_model
 from tests.train.tiny import FAMILIES, make_model, make_tokenizer, save_model
 
 
