@@ -7,6 +7,7 @@ The signatures lie in a file, 256 bytes a text; the bands are compared one at a 
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,39 +22,65 @@ BANDS = 16
 GRAM = 5
 _BATCH = 1000
 
+_FILL = [0] * (GRAM - 1)
+_MOST_WORDS = 1_000_000
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
+
+
+class _WordHashes(dict[str, int]):
+    """The hash of each word met so far, below 2^32."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _MOST_WORDS:
+            self.clear()
+        self[word] = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        return self[word]
 
 
 def signatures(texts: Iterable[str], file: Path) -> int:
     """Writes the MinHash signature of each text, (HASHES,) uint32, to a file and gives the number of texts."""
     rng = np.random.default_rng(20240715)
-    factors = rng.integers(0, 2**63, HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    offsets = rng.integers(0, 2**63, HASHES, dtype=np.uint64)
+    factors = rng.integers(0, 2**31, HASHES, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    offsets = rng.integers(0, 2**32, HASHES, dtype=np.uint32)
+    known = _WordHashes()
     count = 0
     stream = iter(texts)
     with file.open("wb") as out:
         while batch := list(islice(stream, _BATCH)):
-            grams = [_grams(text) for text in batch]
-            starts = np.cumsum([0, *map(len, grams[:-1])])
-            joined = np.concatenate(grams)
-            # Multiply-shift hashing: the upper half of a·x + b (mod 2^64), one column for each of the HASHES functions.
-            hashed = ((joined[:, None] * factors + offsets) >> np.uint64(32)).astype(np.uint32)
-            out.write(np.minimum.reduceat(hashed, starts, axis=0).tobytes())
+            grams, starts = _grams(batch, known)
+            signature = np.empty((len(batch), HASHES), dtype=np.uint32)
+            for number in range(HASHES):  # a·x + b (mod 2^32): one function after the other stays in the cache
+                signature[:, number] = np.minimum.reduceat(grams * factors[number] + offsets[number], starts)
+            out.write(signature.tobytes())
             count += len(batch)
     return count
 
 
-def _grams(text: str) -> U64:
-    """The hashes of a text's runs of GRAM words; of all its words where it has fewer, of the text where it has none."""
-    found = words(text)
-    if not found:
-        return np.array([int(stable_hash(text), 16)], dtype=np.uint64)
-    hashes = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in found], dtype=np.uint64)
-    size = min(GRAM, len(hashes))
-    total = np.zeros(len(hashes) - size + 1, dtype=np.uint64)
-    for position in range(size):  # a polynomial with a large odd base keeps the order of the words
-        total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[position : position + len(total)] + np.uint64(1)
-    return total ^ (total >> np.uint64(29))
+def _grams(texts: list[str], known: _WordHashes) -> tuple[U32, npt.NDArray[np.int64]]:
+    """The hashes of the runs of GRAM words of all texts, and where each text's begin.
+
+    A text of fewer words has one run, filled up; a text without words has one of its own.
+    """
+    filled = array("Q")
+    firsts: list[int] = []
+    for text in texts:
+        firsts.append(len(filled))
+        found = words(text)
+        filled.extend(map(known.__getitem__, found) if found else [int(stable_hash(text, 4), 16)])
+        filled.extend(_FILL)
+    hashes = np.frombuffer(filled, dtype=np.uint64)
+    total = np.zeros(len(hashes) - GRAM + 1, dtype=np.uint64)
+    for position in range(GRAM):  # a polynomial keeps the order of the words
+        total = total * _MIX + hashes[position : position + len(total)] + np.uint64(1)
+    grams = ((total ^ (total >> np.uint64(29))) * _MIX >> np.uint64(32)).astype(np.uint32)
+    lengths = np.diff([*firsts, len(filled)]) - (GRAM - 1)
+    runs = np.maximum(lengths - (GRAM - 1), 1)
+    starts = np.cumsum(runs) - runs
+    wanted = np.arange(runs.sum()) + np.repeat(np.array(firsts) - starts, runs)
+    return grams[wanted], starts
 
 
 def later_duplicates(file: Path, rank: npt.NDArray[np.uint8], threshold: float) -> npt.NDArray[np.bool_]:
@@ -94,6 +121,6 @@ def _band_keys(table: npt.NDArray[np.uint32]) -> Iterator[U64]:
     for band in range(BANDS):
         key = np.zeros(len(table), dtype=np.uint64)
         for column in range(band * width, (band + 1) * width):
-            key = (key ^ table[:, column].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            key = (key ^ table[:, column].astype(np.uint64)) * _MIX
             key ^= key >> np.uint64(31)
         yield key

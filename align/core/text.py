@@ -15,6 +15,7 @@ _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese and kana: one each
     r"|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
+_ASCII_BLANKS = {code: " " for code in range(128) if not chr(code).isalnum()}
 
 
 def normalise(text: str) -> str:
@@ -27,6 +28,8 @@ def words(text: str) -> list[str]:
 
     A script written without spaces (Chinese, Japanese kana) gives one word a character.
     """
+    if text.isascii():
+        return text.lower().translate(_ASCII_BLANKS).split()  # the same, several times as fast
     return _WORD.findall(normalise(text))
 
 

@@ -67,3 +67,8 @@ def test_splits_have_about_their_shares():
 
 def test_shares_of_nothing_leave_all_for_training():
     assert {split_of(f"text {i}", 0.0, 0.0) for i in range(1000)} == {"train"}
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60))
+def test_ascii_text_has_the_same_words_on_its_quick_way(text: str):
+    assert [*words(text), "é"] == words(f"{text} é")
