@@ -37,8 +37,8 @@ class PairConfig(StageConfig):
         True, description="never choose a completion that a verifier failed, however well graded"
     )
     max_broken_share: float = Field(
-        0.2, ge=0, le=1, description="largest share of pairs whose rejected code does not run at all, for such pairs are "
-        "easy; kept from the first pair on [our choice]",
+        0.2, ge=0, le=1, description="largest share of pairs whose rejected code does not run at all, for those "
+        "are easy; kept from the first pair on [our choice]",
     )  # fmt: skip
     answers: bool = Field(
         False, description="where no completion of a prompt may be chosen, its gold answer (the column `answer`) is, "

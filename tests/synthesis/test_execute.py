@@ -78,4 +78,4 @@ def test_prompts_without_any_code_are_refused(bench: Bench) -> None:
 
 
 def test_by_default_code_runs_isolated_or_not_at_all() -> None:
-    assert ExecuteConfig().sandbox["accept"] == "isolated"
+    assert ExecuteConfig.model_validate({}).sandbox["accept"] == "isolated"
