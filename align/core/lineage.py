@@ -91,8 +91,10 @@ def _steps(run: Path) -> dict[str, tuple[Table, Manifest]]:
     while waiting:
         folder = waiting.pop(0)
         manifest = Manifest.read(folder)
-        name = named.get(folder, str(folder))
-        if manifest is None or name in found or not [*(folder / "data").glob("*.parquet")]:
+        if manifest is None or not [*(folder / "data").glob("*.parquet")]:
+            continue
+        name = manifest.step if folder == run else named.get(folder, str(folder))
+        if name in found:
             continue
         table = Table.open(folder)
         if "prompt_id" in table.columns:

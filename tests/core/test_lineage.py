@@ -110,6 +110,7 @@ def test_steps_run_alone_are_followed_by_their_paths(tmp_path: Path):
     origin = Origin(name="p", path=str(tmp_path / "p"))
     Manifest(step="reject", stage="reject", fingerprint="f", inputs={"prompts": origin}).write(tmp_path / "s")
     assert [link.stage for link in trace(tmp_path / "s", "p1")] == ["reject", "prompts"]
+    assert [link.step for link in trace(tmp_path / "s", "reject/0")] == ["reject", str(tmp_path / "p")]
 
 
 @pytest.mark.parametrize(
