@@ -142,7 +142,6 @@ def measure(hidden: int, args: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Way] = {
         "align": align_way(model, args.max_tokens, args.slots),
         "generate, 16 prompts a batch": generate_way(model, args.max_tokens, 16),
-        "generate, 64 prompts a batch": generate_way(model, args.max_tokens, 64),
         "generate, static cache": generate_way(
             model, args.max_tokens, 16, cache_implementation="static", disable_compile=True
         ),

@@ -1,7 +1,7 @@
 """Two ways to run a causal language model token by token over many rows: a quick one and one for every model.
 
 Both keep a list of rows; `admit` prefills prompts and adds rows at the end (each distinct prompt is computed once,
-however many samples it gets), `step` feeds one token to every row, `move` takes finished rows out.
+however many samples it gets), `step` feeds one token to every row, `drop` takes finished rows out.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Decoder(Protocol):
         """Feeds one token to each row, (B,); gives the logits of the next, (B, V)."""
         ...
 
-    def move(self, sources: list[int], targets: list[int], count: int) -> None:
-        """Copies rows `sources` over rows `targets`; then only the first `count` rows remain."""
+    def drop(self, finished: list[int]) -> list[int]:
+        """Takes rows out. Returns what is left in its new order: row i was row `order[i]`."""
         ...
 
 
@@ -154,29 +154,77 @@ def _is_plain(linear: Any) -> bool:
     return not any(getattr(linear, "use_dora", {}).values()) and not getattr(linear, "lora_variant", {})
 
 
+class _Segment:
+    """Rows that were admitted together and so have the same age: their new tokens lie in the same columns.
+
+    A row's prompt begins at column 0; between a shorter prompt and the first new token is a gap, which is masked.
+
+    Attributes:
+        rows: how many of the first rows of `cache` are in use.
+        span: columns in use.
+        cache: (layers, 2, rows, kv_heads, columns, head_dim), keys and values.
+        gaps: 0, and -inf where a row has a gap, (rows, 1, 1, columns).
+    """
+
+    def __init__(self, rows: int, span: int, cache: Tensor, gaps: Tensor) -> None:
+        self.rows, self.span, self.cache, self.gaps = rows, span, cache, gaps
+
+    def widen(self) -> None:
+        """Makes room for more columns."""
+        more = max(32, self.cache.shape[4] // 4)
+        self.cache = F.pad(self.cache, (0, 0, 0, more))
+        self.gaps = F.pad(self.gaps, (0, more))
+
+    def drop(self, finished: list[int]) -> list[int]:
+        """Takes rows out, closing gaps from the end; returns what is left: row i was row order[i]."""
+        order = list(range(self.rows))
+        self.rows -= len(finished)
+        gone = set(finished)
+        tail = (row for row in range(self.rows, len(order)) if row not in gone)
+        for target in (row for row in finished if row < self.rows):
+            source = next(tail)
+            self.cache[:, :, target, :, : self.span] = self.cache[:, :, source, :, : self.span]
+            self.gaps[target] = self.gaps[source]
+            order[target] = source
+        if self.rows * 2 < self.cache.shape[2]:
+            self.cache, self.gaps = self.cache[:, :, : self.rows].clone(), self.gaps[: self.rows].clone()
+        return order[: self.rows]
+
+    def take_in(self, other: _Segment) -> None:
+        """Appends another segment's rows; whichever has fewer columns gets a gap up to the new tokens to come."""
+        columns = max(self.cache.shape[4], other.cache.shape[4])
+        span = max(self.span, other.span)
+        parts, gaps = [], []
+        for segment in (self, other):
+            more = columns - segment.cache.shape[4]
+            # Padded with zeros: what is masked is still multiplied by 0, and so must be a number.
+            parts.append(F.pad(segment.cache[:, :, : segment.rows], (0, 0, 0, more)))
+            gaps.append(F.pad(segment.gaps[: segment.rows], (0, more)))
+            parts[-1][:, :, :, :, segment.span : span] = 0
+            gaps[-1][..., segment.span : span] = float("-inf")
+        self.rows, self.span = self.rows + other.rows, span
+        self.cache, self.gaps = torch.cat(parts, 2), torch.cat(gaps)
+
+
 class QuickDecoder:
     """Own forward of Qwen2-like models (RMSNorm, rotary positions, grouped-query attention, gated SiLU).
 
-    Keys and values lie in one tensor a layer, (slots, kv_heads, length, head_dim), rows compact from the first on and
-    left-aligned, so a refilled slot needs no padding and attention reads no further than the longest row.
+    All rows go through the matrices together; attention runs by segments of rows of one age, each over its own
+    length, so that one long completion doesn't make every other row as long.
     """
 
     refills = True
     pads = True
 
-    def __init__(self, weights: QuickWeights, slots: int) -> None:
+    def __init__(self, weights: QuickWeights) -> None:
         self.w = weights
-        self.slots = slots
-        self.rows = 0
-        self.rooms = (0, 0)  # allocated rows and length
-        self.longest = 0
-        device = weights.embed.device
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.device = weights.embed.device
+        self.segments: list[_Segment] = []
+        self.most_segments = 8 if self.device.type == "cpu" else 2  # on a GPU a launch costs more than some padding
+        self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)
         self.cos = self.sin = torch.empty(0)
         self.token_bytes = 2 * weights.layers * weights.kv_heads * weights.head_dim * weights.embed.element_size()
-        self.budget = memory_budget(device)
+        self.budget = memory_budget(self.device)
 
     def fits(self, rows: int, length: int) -> bool:
         """See `Decoder`."""
@@ -184,62 +232,81 @@ class QuickDecoder:
 
     def admit(self, prompts: list[list[int]], copies: list[int]) -> Tensor:
         """See `Decoder`."""
-        w, device = self.w, self.w.embed.device
+        w, device = self.w, self.device
         longest = max(map(len, prompts))
-        first, self.rows = self.rows, self.rows + sum(copies)
-        self._reserve(self.rows, longest + 1)
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        repeats = torch.tensor(copies, device=device)
-        self.lengths[first : self.rows] = lengths.repeat_interleave(repeats)
-        self.longest = int(self.lengths[: self.rows].max())
-        cos, sin = self.cos[:longest, None], self.sin[:longest, None]
-        x = F.embedding(ids, w.embed)
-        source = torch.arange(len(prompts), device=device).repeat_interleave(repeats)
+        source = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(copies, device=device))
+        columns = longest + 32
+        cache = w.embed.new_empty(w.layers, 2, len(source), w.kv_heads, columns, w.head_dim)
+        gap = torch.arange(columns, device=device) >= lengths[source, None]
+        gap[:, longest:] = False
+        gaps = torch.zeros(gap.shape, dtype=cache.dtype, device=device).masked_fill_(gap, float("-inf"))
+        self._tabulate(longest)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            self.keys[layer][first : self.rows, :, :longest] = k[source]
-            self.values[layer][first : self.rows, :, :longest] = v[source]
+            cache[layer, 0, :, :, :longest] = k[source]
+            cache[layer, 1, :, :, :longest] = v[source]
             # Padding is on the right, so causality alone hides it from every real position.
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-        x = self._layers(x, cos, sin, attend)
+        x = self._layers(F.embedding(ids, w.embed), self.cos[:longest, None], self.sin[:longest, None], attend)
+        self.segments.append(_Segment(len(source), longest, cache, gaps[:, None, None]))
+        self.lengths = torch.cat((self.lengths, lengths[source]))
         return self._logits(x[torch.arange(len(prompts), device=device), lengths - 1])
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Decoder`."""
-        w, rows = self.w, self.rows
-        self._reserve(rows, self.longest + 1)
-        positions = self.lengths[:rows]
-        self.longest += 1
-        span = self.longest
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        hidden = torch.arange(span, device=tokens.device) > positions[:, None]
-        mask = torch.zeros(rows, 1, 1, span, dtype=w.embed.dtype, device=tokens.device)
-        mask.masked_fill_(hidden[:, None, None], float("-inf"))
-        slot = torch.arange(rows, device=tokens.device)
+        w = self.w
+        group = w.heads // w.kv_heads
+        self._tabulate(max(segment.span for segment in self.segments) + 1)
+        views = []
+        start = 0
+        for segment in self.segments:
+            if segment.span == segment.cache.shape[4]:
+                segment.widen()
+            segment.span += 1
+            layers = segment.cache[:, :, : segment.rows, :, : segment.span].unbind(0)
+            mask = segment.gaps[: segment.rows, ..., : segment.span]
+            views.append((slice(start, start + segment.rows), layers, mask))
+            start += segment.rows
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys[slot, :, positions] = k
-            values[slot, :, positions] = v
             # The query heads that share a key head stand in for query positions: no key is repeated.
-            q = q.view(rows, w.kv_heads, w.heads // w.kv_heads, w.head_dim)
-            return F.scaled_dot_product_attention(q, keys[:rows, :, :span], values[:rows, :, :span], attn_mask=mask)
+            q = q.view(-1, w.kv_heads, group, w.head_dim)
+            mixed = []
+            for rows, layers, mask in views:
+                keys, values = layers[layer].unbind(0)
+                keys[:, :, -1] = k[rows]
+                values[:, :, -1] = v[rows]
+                mixed.append(F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask))
+            return torch.cat(mixed)
 
+        cos, sin = self.cos[self.lengths][:, None], self.sin[self.lengths][:, None]
         x = self._layers(F.embedding(tokens, w.embed), cos, sin, attend)
-        self.lengths[:rows] += 1
+        self.lengths += 1
         return self._logits(x)
 
-    def move(self, sources: list[int], targets: list[int], count: int) -> None:
+    def drop(self, finished: list[int]) -> list[int]:
         """See `Decoder`."""
-        for source, target in zip(sources, targets, strict=True):
-            for cache in (*self.keys, *self.values):
-                cache[target, :, : self.longest] = cache[source, :, : self.longest]
-            self.lengths[target] = self.lengths[source]
-        self.rows = count
-        self.longest = int(self.lengths[:count].max()) if count else 0
+        left: list[tuple[_Segment, list[int]]] = []
+        start = 0
+        for segment in self.segments:
+            end = start + segment.rows
+            order = segment.drop([row - start for row in finished if start <= row < end])
+            if order:
+                left.append((segment, [start + row for row in order]))
+            start = end
+        while len(left) > self.most_segments:
+            (small, its), (smallest, others) = sorted(left, key=lambda pair: -pair[0].rows)[-2:]
+            left = [pair for pair in left if pair[0] not in (small, smallest)]
+            small.take_in(smallest)
+            left.append((small, its + others))
+        self.segments = [segment for segment, _ in left]
+        order = [row for _, rows in left for row in rows]
+        self.lengths = self.lengths[order]
+        return order
 
     def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
         """Runs all layers on hidden states (..., hidden); `attend(layer, q, k, v)` stores and attends."""
@@ -265,28 +332,11 @@ class QuickDecoder:
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(F.rms_norm(x, x.shape[-1:], self.w.norm, self.w.eps), self.w.head, self.w.head_bias)
 
-    def _reserve(self, rows: int, length: int) -> None:
-        """Makes room for `rows` rows of `length` tokens, with some to spare."""
-        if rows <= self.rooms[0] and length <= self.rooms[1]:
-            return
-        w, (old_rows, old_length) = self.w, self.rooms
-        if rows > old_rows:
-            rows = min(self.slots, max(rows, 2 * old_rows))
-        if length > old_length:
-            length = (length * 5 // 4 + 63) // 64 * 64
-        self.rooms = (max(rows, old_rows), max(length, old_length))
-        for caches in (self.keys, self.values):
-            for layer in range(w.layers):
-                # Zeros, because what is masked is still multiplied by 0.
-                fresh = w.embed.new_zeros(self.rooms[0], w.kv_heads, self.rooms[1], w.head_dim)
-                if old_rows:
-                    kept = caches[layer]
-                    fresh[: kept.shape[0], :, : kept.shape[2]] = kept
-                    caches[layer] = fresh
-                else:
-                    caches.append(fresh)
-        if self.rooms[1] > old_length:
-            cos, sin = w.rotary(w.embed, torch.arange(self.rooms[1], device=w.embed.device)[None])
+    def _tabulate(self, length: int) -> None:
+        """Makes the tables of rotary positions at least `length` long."""
+        if length > len(self.cos):
+            positions = torch.arange(2 * length, device=self.device)
+            cos, sin = self.w.rotary(self.w.embed, positions[None])
             self.cos, self.sin = cos[0], sin[0]
 
 
@@ -337,12 +387,14 @@ class GenericDecoder:
         self.mask = torch.cat((self.mask, self.mask.new_ones(len(self.mask), 1)), -1)
         return self._forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1)[self.index]
 
-    def move(self, sources: list[int], targets: list[int], count: int) -> None:
+    def drop(self, finished: list[int]) -> list[int]:
         """See `Decoder`."""
-        self.index[targets] = self.index[sources]
-        self.index = self.index[:count]
-        if 0 < count < 0.75 * len(self.mask):
+        gone = set(finished)
+        order = [row for row in range(len(self.index)) if row not in gone]
+        self.index = self.index[order]
+        if 0 < len(order) < 0.75 * len(self.mask):
             self._select(self.index)
+        return order
 
     def _select(self, rows: Tensor) -> None:
         """Keeps these rows of the cache (they may repeat); from then on row i lies at i."""

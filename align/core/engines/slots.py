@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from align.core.engines.base import Completion, SamplingParams
@@ -78,15 +79,17 @@ class SlotLoop:
         self.decoder, self.jobs, self.slots = decoder, jobs, slots
         self.endings, self.params, self.device = endings, params, device
         self.next: Job | None = None
-        self.rows = 0
         self.need = 0  # most tokens, prompt and new ones, of any row since there were none
-        self.owners: list[tuple[int, int]] = []  # (prompt number, sample index) of each row
+        # The decoder's rows change places; what belongs to a sample stays in its slot.
+        self.slot_of: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # by row
+        self.free = list(range(slots))[::-1]
+        self.owners = [(0, 0)] * slots  # (prompt number, sample index)
         self.keys = np.zeros(slots, dtype=np.uint64)
         self.counts = np.zeros(slots, dtype=np.int64)  # tokens sampled so far
         width = min(params.max_tokens, 256)
         self.sampled: NDArray[np.int64] = np.zeros((slots, width), dtype=np.int64)
         self.logprobs: NDArray[np.float32] = np.zeros((slots, width), dtype=np.float32)
-        self.last = torch.zeros(slots, dtype=torch.long, device=device)  # the token that the next step feeds
+        self.last = torch.zeros(0, dtype=torch.long, device=device)  # by row: the token that the next step feeds
 
     def run(self) -> Iterator[tuple[int, int, Completion]]:
         """Yields `(prompt number, sample index, completion)` until the jobs are used up."""
@@ -97,22 +100,17 @@ class SlotLoop:
                     yield self.next.number, index, Completion("", (), "error", error=self.next.error)
                 self._advance()
             batch = self._batch()
+            first = len(self.slot_of)
             if batch:
-                first = self.rows
                 with torch.no_grad():
                     logits = self.decoder.admit([job.ids for job in batch], [len(job.indices) for job in batch])
                     repeats = torch.tensor([len(job.indices) for job in batch], device=logits.device)
                     logits = logits.repeat_interleave(repeats, 0)
-                for job in batch:
-                    for index in job.indices:
-                        self.keys[self.rows] = sample_key(self.params.seed, job.ids, index)
-                        self.counts[self.rows] = 0
-                        self.owners.append((job.number, index))
-                        self.rows += 1
-            elif self.rows:
+                self._seat(batch)
+            elif first:
                 first = 0
                 with torch.no_grad():
-                    logits = self.decoder.step(self.last[: self.rows])
+                    logits = self.decoder.step(self.last)
             else:
                 return
             yield from self._take(first, logits)
@@ -122,7 +120,7 @@ class SlotLoop:
 
     def _batch(self) -> list[Job]:
         """The jobs to admit now: none until an eighth of the slots is free, then as many as fit."""
-        rows = self.rows
+        rows = len(self.slot_of)
         if rows and (not self.decoder.refills or self.slots - rows < self.slots // 8):
             return []
         batch: list[Job] = []
@@ -143,69 +141,74 @@ class SlotLoop:
             self._advance()
         return batch
 
+    def _seat(self, batch: list[Job]) -> None:
+        """Gives each sample of the admitted jobs a slot."""
+        seats: list[int] = []
+        for job in batch:
+            for index in job.indices:
+                slot = self.free.pop()
+                self.keys[slot] = sample_key(self.params.seed, job.ids, index)
+                self.counts[slot] = 0
+                self.owners[slot] = (job.number, index)
+                seats.append(slot)
+        self.slot_of = np.append(self.slot_of, seats)
+        self.last = F.pad(self.last, (0, len(seats)))
+
     def _take(self, first: int, logits: torch.Tensor) -> list[tuple[int, int, Completion]]:
         """Samples a token for rows from `first` on; the completions that it finishes leave their slots."""
-        rows = slice(first, self.rows)
-        counts = self.counts[rows]
+        slots = self.slot_of[first:]
+        counts = self.counts[slots]
+        if counts.max() >= self.sampled.shape[1]:
+            self.sampled = _wider(self.sampled)
+            self.logprobs = _wider(self.logprobs)
         with torch.no_grad():
-            u = torch.from_numpy(uniforms(self.keys[rows], counts)).to(logits.device)
+            u = torch.from_numpy(uniforms(self.keys[slots], counts)).to(logits.device)
             token, usable = choose(logits, u, self.params)
-            self.last[rows] = token
-            if counts.max() >= self.sampled.shape[1]:
-                self.sampled = _wider(self.sampled)
-                self.logprobs = _wider(self.logprobs)
+            self.last[first:] = token
             if self.params.logprobs:
-                self.logprobs[np.arange(first, self.rows), counts] = logprobs_of(logits, token).cpu().numpy()
+                self.logprobs[slots, counts] = logprobs_of(logits, token).cpu().numpy()
         token_ids = token.cpu().numpy()
-        self.sampled[np.arange(first, self.rows), counts] = token_ids
-        counts += 1  # a view: this counts on in place
+        self.sampled[slots, counts] = token_ids
+        self.counts[slots] += 1
         unusable = ~usable.cpu().numpy()
         ended = self.endings.is_end[token_ids] & ~unusable
-        done = ended | unusable | (counts >= self.params.max_tokens)
+        done = ended | unusable | (counts + 1 >= self.params.max_tokens)
         cuts: dict[int, str] = {}
         if self.endings.stop:
-            for row in (first + np.flatnonzero(self.endings.can_stop[token_ids] & ~ended & ~unusable)).tolist():
-                text = self.endings.cut(self.sampled[row, : self.counts[row]].tolist())
+            for at in np.flatnonzero(self.endings.can_stop[token_ids] & ~ended & ~unusable).tolist():
+                text = self.endings.cut(self._ids(slots[at]))
                 if text is not None:
-                    cuts[row] = text
-                    done[row - first] = True
+                    cuts[int(slots[at])] = text
+                    done[at] = True
         if not done.any():
             return []
-        finished = (first + np.flatnonzero(done)).tolist()
-        completions = self._completions(finished, ended[done], unusable[done], cuts)
-        results = [(*self.owners[row], c) for row, c in zip(finished, completions, strict=True)]
-        self._free(finished)
+        results = self._results(slots[done].tolist(), ended[done], unusable[done], cuts)
+        self.free += slots[done].tolist()
+        order = self.decoder.drop((first + np.flatnonzero(done)).tolist())
+        self.slot_of, self.last = self.slot_of[order], self.last[order]
         return results
 
-    def _completions(
-        self, rows: list[int], ended: NDArray[np.bool_], unusable: NDArray[np.bool_], cuts: dict[int, str]
-    ) -> list[Completion]:
-        ids = [self.sampled[row, : self.counts[row]].tolist() for row in rows]
+    def _ids(self, slot: int) -> list[int]:
+        ids: list[int] = self.sampled[slot, : self.counts[slot]].tolist()
+        return ids
+
+    def _results(
+        self, slots: list[int], ended: NDArray[np.bool_], unusable: NDArray[np.bool_], cuts: dict[int, str]
+    ) -> list[tuple[int, int, Completion]]:
+        """The finished completions in these slots; `cuts` holds the texts of those that a stop text ended."""
+        ids = [self._ids(slot) for slot in slots]
         texts = self.endings.texts([i[:-1] if end else i for i, end in zip(ids, ended, strict=True)])
-        out: list[Completion] = []
-        for row, tokens, text, end, bad in zip(rows, ids, texts, ended, unusable, strict=True):
+        out: list[tuple[int, int, Completion]] = []
+        for slot, tokens, text, end, bad in zip(slots, ids, texts, ended, unusable, strict=True):
             if bad:
                 reason = f"the model's logits are not numbers (NaN) at new token {len(tokens)}"
-                out.append(Completion("", (), "error", error=reason))
-                continue
-            logprobs = tuple(self.logprobs[row, : len(tokens)].tolist()) if self.params.logprobs else None
-            stopped = bool(end) or row in cuts
-            out.append(Completion(cuts.get(row, text), tuple(tokens), "stop" if stopped else "length", logprobs))
+                completion = Completion("", (), "error", error=reason)
+            else:
+                logprobs = tuple(self.logprobs[slot, : len(tokens)].tolist()) if self.params.logprobs else None
+                stopped = bool(end) or slot in cuts
+                completion = Completion(cuts.get(slot, text), tuple(tokens), "stop" if stopped else "length", logprobs)
+            out.append((*self.owners[slot], completion))
         return out
-
-    def _free(self, finished: list[int]) -> None:
-        """Closes the gaps that finished rows leave with rows from the end, so that the rows stay compact."""
-        gone, count = set(finished), self.rows - len(finished)
-        targets = [row for row in finished if row < count]
-        sources = [row for row in range(count, self.rows) if row not in gone]
-        for array in (self.keys, self.counts, self.sampled, self.logprobs):
-            array[targets] = array[sources]
-        self.last[targets] = self.last[sources]
-        for source, target in zip(sources, targets, strict=True):
-            self.owners[target] = self.owners[source]
-        del self.owners[count:]
-        self.decoder.move(sources, targets, count)
-        self.rows = count
 
 
 def _wider(array: NDArray[_Number]) -> NDArray[_Number]:

@@ -104,7 +104,7 @@ class TransformersEngine:
             self.refresh()
         decoder: Decoder
         if self._quick is not None:
-            decoder = QuickDecoder(self._quick, self.slots)
+            decoder = QuickDecoder(self._quick)
         else:
             decoder = GenericDecoder(self.model, self.device)
         vocabulary = max(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
