@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 
@@ -179,9 +181,12 @@ def copy_recipe(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"align {version('align-toolkit')}")
+        try:
+            print(f"align {version('align-toolkit')}")
+        except PackageNotFoundError:
+            print("align, run from a checkout that is not installed")
         raise typer.Exit
 
 
@@ -233,7 +238,7 @@ def _run_stage(verb: str, given: list[str]) -> None:
     from align.ladder import print_ladder
     from align.recipe import load_stage
 
-    file = Path(given[0]) if "=" not in given[0] else None
+    file = None if "=" in given[0] or given[0].startswith("-") else Path(given[0])
     arguments = given[file is not None :]
     overwrite = [each.removeprefix("overwrite=") for each in arguments if each.startswith("overwrite=")]
     if not set(overwrite) <= {"true", "false"}:

@@ -15,9 +15,7 @@ _SPACE_WANTED = 64 * 2**20
 
 def prepare(folder: Path, fingerprint: str) -> Path:
     """Empties a step's folder but for what an earlier attempt can go on from, and gives its work folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # first: from here on the step is unfinished
-    (folder / _MARK).touch()
     for path in folder.iterdir():
         if path.name not in (_MARK, FILE, "work"):
             _remove(path)
@@ -34,6 +32,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def mark_ours(folder: Path) -> None:
+    """Makes a step's folder and marks it as one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARK).touch()
 
 
 def check_ours(folder: Path, what: str) -> None:

@@ -36,7 +36,7 @@ def print_ladder(manifests: Sequence[Manifest], console: Console) -> None:
         title = f"Verified score in %, {mode}, with its 95% interval"
         table = Table("step", "model", box=box.SIMPLE_HEAD, title=title, title_justify="left")
         for heading in ("score", *families, "items", "time"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for done, scores in scored:
             models = ", ".join(origin.name for origin in done.engines.values())
             cells = [_score(scores.get("by_family", {}).get(family)) for family in families]
@@ -48,7 +48,7 @@ def print_ladder(manifests: Sequence[Manifest], console: Console) -> None:
 
 
 def _score(score: Mapping[str, Any] | None) -> str:
-    """A score with its interval, as `81.5 (78.6–84.1)`."""
+    """A score, and its interval below it: `81.5` over `78.6–84.1`."""
     if score is None:
         return "–"
-    return f"{score['score']:.1f} ({score['low']:.1f}–{score['high']:.1f})"
+    return f"{score['score']:.1f}\n{score['low']:.1f}–{score['high']:.1f}"

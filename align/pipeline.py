@@ -25,7 +25,7 @@ from align.core.stage import Result, Tools
 from align.core.store import ModelRef, Table
 from align.core.writer import DatasetWriter, disk_errors, replace_file
 from align.fingerprints import fingerprints, step_seed
-from align.folders import check_ours, check_space, disk_is_full, prepare
+from align.folders import check_ours, check_space, disk_is_full, mark_ours, prepare
 from align.inputs import Engines, engine_origins, open_inputs, origins
 from align.lock import locked
 from align.plan import Recipe, Step
@@ -81,8 +81,8 @@ def run(recipe: Recipe, overwrite: bool = False, rank: int = 0) -> list[Manifest
             stack.enter_context(locked(recipe.out))
             check_space(recipe.out)
         steps = plan(recipe)
+        _check_folders(recipe, steps, overwrite)
         if rank == 0:
-            _check_folders(recipe, steps, overwrite)
             _write_run_file(recipe, steps)
         manifests: list[Manifest] = []
         for number, planned in enumerate(steps, start=1):
@@ -106,6 +106,7 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
     began, cpu = time.monotonic(), _cpu_seconds()
     try:
         with disk_errors(folder):
+            mark_ours(folder)
             work = prepare(folder, planned.fingerprint) if rank == 0 else folder / "work" / planned.fingerprint
             work.mkdir(parents=True, exist_ok=True)
         inputs = open_inputs(recipe, step, folder / "work" / (f"sources-{rank}" if rank else "sources"))

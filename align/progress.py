@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import Any, TextIO
 
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.1
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Silent:
@@ -40,7 +42,7 @@ class Lines:
         self._every_s = every_s if every_s is not None else (LIVE_EVERY_S if self._live else PLAIN_EVERY_S)
         self._total: int | None = None
         self._unit = ""
-        self._count = 0
+        self._count = self._before = 0
         self._figures: dict[str, Any] = {}
         self._began = self._written = time.monotonic()
         self._open = False
@@ -48,12 +50,14 @@ class Lines:
     def start(self, total: int | None, unit: str) -> None:
         """See `align.core.stage.Progress`."""
         self._clear()
-        self._total, self._unit, self._count, self._figures = total, unit, 0, {}
+        self._total, self._unit, self._count, self._before, self._figures = total, unit, 0, 0, {}
         self._began = self._written = time.monotonic()
         self._write(self._text())
 
     def advance(self, by: int = 1, **figures: float | int | str) -> None:
         """See `align.core.stage.Progress`."""
+        if self._count == 0 and by > 1 and time.monotonic() - self._began < 1:
+            self._before = by  # a killed training that goes on: these steps were not done now
         self._count += by
         self._figures |= figures
         now = time.monotonic()
@@ -64,7 +68,8 @@ class Lines:
     def say(self, line: str) -> None:
         """See `align.core.stage.Progress`."""
         self._clear()
-        print(f"  {self._step}: {line}", file=self._stream, flush=True)
+        shown = line if self._live else _COLOURS.sub("", line)
+        print(f"  {self._step}: {shown}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the line."""
@@ -76,12 +81,13 @@ class Lines:
         parts = [f"{self._count}{of} {self._unit}".rstrip()]
         if self._total:
             parts[0] += f" ({min(100, 100 * self._count // self._total)}%)"
-        if seconds > 1 and self._count:
-            rate = self._count / seconds
+        counted = self._count - self._before
+        if seconds > 1 and counted > 0:
+            rate = counted / seconds
             parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
         parts += [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in self._figures.items()]
-        if self._total and seconds > 1 and 0 < self._count < self._total:
-            parts.append(f"{duration(seconds / self._count * (self._total - self._count))} left")
+        if self._total and seconds > 1 and counted >= min(10, self._total / 50) and self._count < self._total:
+            parts.append(f"{duration(seconds / counted * (self._total - self._count))} left")
         return f"  {self._step}: " + ", ".join(parts)
 
     def _write(self, text: str) -> None:

@@ -7,34 +7,43 @@ from __future__ import annotations
 
 import importlib
 
-from rapidfuzz import process
+from rapidfuzz import fuzz, process
 
 from align.core.errors import RecipeError
 from align.core.stage import Stage
 
 TABLE: dict[str, tuple[str, str]] = {
     # verb: (where its Stage is, the one line of `align --help`; it stands here so that help imports no stage)
-    "prompts": ("data_synthesis.prompts:STAGE", ""),
-    "tag": ("data_synthesis.tag:STAGE", ""),
-    "ontology": ("data_synthesis.ontology:STAGE", ""),
-    "select": ("data_synthesis.select:STAGE", ""),
-    "reject": ("data_synthesis.reject:STAGE", ""),
-    "execute": ("data_synthesis.execute:STAGE", ""),
-    "constitute": ("data_synthesis.constitute:STAGE", ""),
-    "verify": ("reward.verify:STAGE", ""),
-    "demonstrate": ("data_synthesis.demonstrate:STAGE", ""),
-    "pair": ("data_synthesis.pair:STAGE", ""),
-    "sft": ("align.train.sft:STAGE", ""),
-    "reward": ("reward.train:STAGE", ""),
-    "dpo": ("align.train.dpo:STAGE", ""),
+    "prompts": (
+        "data_synthesis.prompts:STAGE",
+        "instructions from files, folders or the Hub: read, converted, deduplicated, divided into splits",
+    ),
+    "tag": ("data_synthesis.tag:STAGE", "the intentions of every instruction, named by a model"),
+    "ontology": ("data_synthesis.ontology:STAGE", "raw tags merged into an ontology that a person can refine"),
+    "select": ("data_synthesis.select:STAGE", "a diverse set of complex instructions"),
+    "reject": ("data_synthesis.reject:STAGE", "sampled completions with verdicts; the distinct right ones marked"),
+    "execute": ("data_synthesis.execute:STAGE", "sampled programs, run against tests in the sandbox"),
+    "constitute": (
+        "data_synthesis.constitute:STAGE",
+        "completions that follow and that deviate from principles, checked",
+    ),
+    "verify": ("reward.verify:STAGE", "verdicts for completions that were made elsewhere"),
+    "demonstrate": ("data_synthesis.demonstrate:STAGE", "demonstrations for SFT from scored completions"),
+    "pair": ("data_synthesis.pair:STAGE", "preferences for DPO and the reward model from scored completions"),
+    "sft": ("align.train.sft:STAGE", "fine-tune a model on demonstrations"),
+    "reward": ("reward.train:STAGE", "trains a reward model on scored completions, and finds where it may be believed"),
+    "dpo": ("align.train.dpo:STAGE", "prefer the chosen to the rejected (DPO on a fixed set of pairs)"),
     "online-dpo": ("align.train.online_dpo:STAGE", ""),
-    "evaluate": ("align.evaluate.evaluate:STAGE", ""),
+    "evaluate": (
+        "align.evaluate.evaluate:STAGE",
+        "the verified score of a model on held-out prompts, by family, with 95% intervals",
+    ),
 }
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """A clause for an error message: the known name nearest to `word`, or all names where none is near."""
-    found = process.extractOne(word, known, score_cutoff=60) if known else None
+    found = process.extractOne(word, known, scorer=fuzz.ratio, score_cutoff=60) if known else None
     if found:
         return f"did you mean '{found[0]}'?"
     return f"known: {', '.join(known)}" if known else "there is none"

@@ -239,7 +239,8 @@ def test_an_engine_on_a_step_makes_that_step_an_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [1, 31, 60])
 def test_a_killed_sampling_goes_on_and_repeats_no_finished_sample(tmp_path: Path, after: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
+    whole.mkdir()
+    killed.mkdir()
     finish(write(whole), whole / "run")
     file, out = write(killed, delay=0.005), killed / "run"
     process = start(file, out)
@@ -269,7 +270,8 @@ def test_a_killed_training_goes_on_from_its_work_folder(tmp_path: Path) -> None:
 
 def test_a_run_killed_again_and_again_ends_with_the_same_result(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
+    whole.mkdir()
+    killed.mkdir()
     finish(write(whole), whole / "run")
     file, out = write(killed, delay=0.01, step=0.02), killed / "run"
     kills, wait = 0, 0.4

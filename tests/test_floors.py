@@ -1,0 +1,150 @@
+"""The architecture's rules: imports only go down, help is quick, every setting is read, shipped recipes are sound."""
+
+from __future__ import annotations
+
+import ast
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.recipe import load_recipe
+from align.settings import stage_keys
+from align.stages import TABLE, load
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("align", "data_synthesis", "reward")
+
+FLOORS: list[tuple[str, ...]] = [
+    ("align.core",),
+    ("align.tiny.world", "align.tiny.corpus"),
+    ("reward",),
+    ("data_synthesis", "align.train", "align.evaluate"),
+    ("align.stages", "align.yamlfile", "align.tiny.make", "align.progress"),
+    ("align.backends", "align.plan"),
+    ("align.settings", "align.outside", "align.reader", "align.fit", "align.recipe"),
+    ("align.fingerprints", "align.lock", "align.folders", "align.inputs", "align.launch", "align.pipeline"),
+    ("align.report", "align.overview", "align.ladder", "align.helptext"),
+    ("align.cli",),
+]
+"""From the ground up. A module may import from its own floor and from those below it."""
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def floor_of(module: str) -> int | None:
+    for number, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def imported(path: Path, top_only: bool = False) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_floor() -> None:
+    bare = {"align", "align.tiny", "align.recipes", "align.tiny.base"}
+    assert [name for name, _ in modules() if floor_of(name) is None and name not in bare] == []
+
+
+def test_imports_only_go_down() -> None:
+    wrong = []
+    for name, path in modules():
+        floor = floor_of(name)
+        for target in imported(path):
+            other = floor_of(target) if target.split(".")[0] in PACKAGES else None
+            if floor is not None and other is not None and other > floor:
+                wrong.append(f"{name} (floor {floor}) imports {target} (floor {other})")
+    assert wrong == []
+
+
+def test_the_packages_themselves_are_empty() -> None:
+    for package in ("align", "data_synthesis", "reward", "align/train", "align/evaluate", "align/report", "align/tiny"):
+        assert ast.parse((ROOT / package / "__init__.py").read_text()).body[1:] == [], package
+
+
+def loaded_by(statement: str) -> set[str]:
+    script = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+def test_the_command_line_is_imported_without_torch_and_other_heavy_things() -> None:
+    heavy = {"torch", "transformers", "datasets", "pyarrow", "numpy", "trl", "scipy", "sklearn", "matplotlib"}
+    assert loaded_by("import align.cli") & heavy == set()
+
+
+def test_checking_a_recipe_and_the_help_of_any_stage_load_no_torch() -> None:
+    names = ", ".join(repr(verb) for verb in TABLE)
+    statement = f"import align.recipe, align.pipeline, align.stages\nfor verb in [{names}]: align.stages.load(verb)"
+    assert loaded_by(statement) & {"torch", "transformers", "trl"} == set()
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    """Of processor time, so that a busy machine doesn't matter; best of several."""
+    times = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "align.cli", "--help"], cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("verb", TABLE)
+def test_the_table_tells_of_a_stage_what_the_stage_tells_itself(verb: str) -> None:
+    stage = load(verb)
+    assert (stage.name, stage.summary) == (verb, TABLE[verb][1])
+
+
+@pytest.mark.parametrize("verb", TABLE)
+def test_the_keys_of_a_stage_do_not_collide(verb: str) -> None:
+    stage = load(verb)
+    keys = [*stage.needs, *stage.engines, *stage.config.model_fields]
+    assert len(keys) == len(set(keys))
+    assert set(stage_keys(stage)).isdisjoint({"out", "seed", "processes", "overwrite"})
+    assert set(stage_keys(stage)) - set(keys) <= {
+        "device",
+        "precision",
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "save_every",
+    }
+    assert set(stage.reads) <= set(stage.config.model_fields) and set(stage.optional_engines) <= set(stage.engines)
+
+
+@pytest.mark.parametrize("verb", TABLE)
+def test_every_setting_has_a_meaning_and_is_read_somewhere(verb: str) -> None:
+    """Read: there is an attribute access of its name (`config.x`, `self.x`) outside of what only declares it."""
+    read: set[str] = set()
+    for _, path in modules():
+        read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    for name, field in load(verb).config.model_fields.items():
+        assert field.description, f"{verb}: {name} has no description"
+        assert name in read, f"{verb}: nothing reads {name}"
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_sound_and_begins_with_what_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    load_recipe(path)
+    assert path.read_text().startswith("# ")
