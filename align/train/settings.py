@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.core.errors import RecipeError
 from align.core.stage import StageConfig
@@ -34,6 +34,43 @@ class TrainSettings(StageConfig):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
     lora_targets: str | list[str] = Field("all-linear", description="module names that get adapters, or 'all-linear'")
     save_merged: bool = Field(True, description="write full weights; false writes the LoRA adapters alone")
+
+
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "sigmoid_norm",
+]  # fmt: skip
+"""TRL's names. Its aot and aot_unpaired are not among them: they sort the pairs of a micro batch, so that the result
+would depend on how a global batch is split. In place of its sft there is `nll_weight`, for the same reason."""
+
+_SMOOTHED = {"robust", "exo_pair"}
+
+
+class DPOSettings(TrainSettings):
+    """What offline and online DPO share."""
+
+    beta: float = Field(0.1, gt=0, description="how far the policy may go from the reference: smaller is farther")
+    losses: list[Loss] = Field(["sigmoid"], min_length=1, description="TRL's names; sigmoid is DPO itself")
+    loss_weights: list[float] | None = Field(None, description="one a loss; 1.0 each where not given")
+    nll_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the chosen's negative log-likelihood per token (RPO): holds its probability up",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs believed to be the wrong way round; for robust and exo_pair"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} numbers for {len(self.losses)} losses")
+        deaf = sorted(set(self.losses) - _SMOOTHED)
+        if self.label_smoothing and deaf:
+            raise ValueError(f"label_smoothing has no effect on the loss {', '.join(deaf)}; use robust, or set it to 0")
+        if "exo_pair" in self.losses and not self.label_smoothing:
+            raise ValueError("the loss exo_pair needs label_smoothing above 0; its paper takes 0.001")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     lengths = tokens.with_format("numpy")["length"][:]
     order = batch_order(lengths, config.epochs, config.global_batch_size, tools.seed)
+    trainer.set_batches(arguments, config.global_batch_size, len(order), speed)
     sft = trainer.SFT(
         config,
         tools,

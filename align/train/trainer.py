@@ -13,9 +13,13 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
+from align.core.errors import RunError
 from align.core.stage import Tools
 from align.train.head import score_labelled_only
 from align.train.settings import Speed, TrainSettings
+
+# Its new name is unknown to older versions, and TRL uses the old one itself.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 DONE = "done"
 """A file that is written into a checkpoint last: a folder without it was cut off by a kill."""
@@ -37,16 +41,6 @@ def training_arguments(kind: type[Any], settings: TrainSettings, speed: Speed, t
 
     Making them joins the processes of a launch; only after that the number of processes is known.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has a new name; older ones lack it
-        arguments = _arguments(kind, settings, speed, tools, more)
-    micro, accumulation = speed.split(settings.global_batch_size, arguments.world_size)
-    arguments.per_device_train_batch_size = micro
-    arguments.gradient_accumulation_steps = accumulation
-    return arguments
-
-
-def _arguments(kind: type[Any], settings: TrainSettings, speed: Speed, tools: Tools, more: dict[str, Any]) -> Any:
     return kind(
         output_dir=str(tools.work / "checkpoints"),
         num_train_epochs=1,  # the data hold all epochs in order, see align/train/data.py
@@ -72,6 +66,16 @@ def _arguments(kind: type[Any], settings: TrainSettings, speed: Speed, tools: To
         log_level="error",
         **more,
     )
+
+
+def set_batches(arguments: Any, global_batch_size: int, rows: int, speed: Speed) -> None:
+    """Splits the global batch, or all the rows where they are fewer, into equal micro batches.
+
+    Equal, because DPO averages the means of micro batches.
+    """
+    micro, accumulation = speed.split(min(global_batch_size, rows), arguments.world_size)
+    arguments.per_device_train_batch_size = micro
+    arguments.gradient_accumulation_steps = accumulation
 
 
 class OurTrainer:
@@ -111,8 +115,8 @@ class OurTrainer:
         last = losses[-max(1, len(losses) // 10) :]
         return {"steps": self.state.global_step, "loss": sum(last) / len(last) if last else None}
 
-    def progress(self, step: int, steps: int) -> float:
-        """How much of the training is behind at a step."""
+    def progress(self, step: float, steps: int) -> float:
+        """How much of the training is behind at a step (in its middle, so that a warm-up's first step moves)."""
         return step / steps
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -120,7 +124,7 @@ class OurTrainer:
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: learning_rate_factor(self.settings, self.progress(step, num_training_steps)),
+                lambda step: learning_rate_factor(self.settings, self.progress(step + 0.5, num_training_steps)),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -169,6 +173,11 @@ class Curves(TrainerCallback):  # type: ignore[misc]
             return
         line = {"step": state.global_step, "epoch": round(state.global_step * self.epochs_a_step, 4)}
         line |= {k: float(v) for k, v in logs.items() if k != "epoch"}
+        if not math.isfinite(line["loss"]):
+            raise RunError(
+                f"the loss is {line['loss']} at step {state.global_step}; the training has blown up; "
+                "lower learning_rate, or set max_grad_norm"
+            )
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

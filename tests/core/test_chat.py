@@ -64,15 +64,15 @@ def test_each_turn_s_end_token_is_supervised_exactly_once(family: str) -> None:
 
 
 def test_no_token_reaches_over_the_border_of_prompt_and_completion() -> None:
-    """Two newlines at the end of a text are one token of this tokenizer: rendered whole, prompt and answer would merge."""
+    """Two newlines are one token of this tokenizer: rendered whole, prompt and answer would merge."""
     tokenizer = make_tokenizer("qwen2")
-    prompt, completion = [user("hello")], [assistant("\n")]
+    prompt, completion = [user("hello")], [assistant("\nYes.")]
     whole = tokenizer(tokenizer.apply_chat_template(prompt + completion, tokenize=False))["input_ids"]
     fed = prompt_ids(tokenizer, prompt)
     assert whole[: len(fed)] != fed
     ids, labels = encode_demonstration(tokenizer, prompt, completion)
     assert ids[: len(fed)] == fed
-    assert supervised_text(tokenizer, labels) == "\n<|im_end|>"
+    assert supervised_text(tokenizer, labels) == "\nYes.<|im_end|>"
 
 
 def test_the_end_token_is_supervised_although_it_is_the_padding_token() -> None:

@@ -81,6 +81,7 @@ def first_gradient(folder: Path, micro: int, rows: int = 8) -> dict[str, torch.T
     arguments = trainer.training_arguments(
         SFTConfig, config, speed, tools, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
     )
+    trainer.set_batches(arguments, 8, rows, speed)
     sft = trainer.SFT(
         config, tools, rows, model=make_model(), args=arguments, processing_class=tokenizer, train_dataset=data
     )

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -27,6 +27,10 @@ GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+# How Qwen2 and Llama 3 cut a text before its pieces are merged: single digits, and newlines with what is before them.
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # template, bos, eos, pad, other special tokens, the end-of-turn token
 FAMILIES: dict[str, tuple[str, str | None, str, str, list[str], str]] = {
@@ -50,7 +54,8 @@ def make_tokenizer(family: str = "qwen2") -> Any:
     """A byte-level BPE tokenizer of 400 tokens with the family's special tokens and template."""
     template, bos, eos, pad, others, _ = FAMILIES[family]
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     special = [token for token in (pad, bos, eos, *others) if token]
     text = ["What is 3 plus 4? The answer is 7.\n\nYes.\n", "user assistant model hello world\n\n"] * 50

@@ -1,0 +1,164 @@
+"""Direct Preference Optimization (arXiv:2305.18290) on a fixed set of pairs: the report's offline stage (section 4.3).
+
+    loss = -log sigmoid(beta * (chosen's log-ratio - rejected's log-ratio)) + nll_weight * NLL(chosen) / |chosen|
+
+A log-ratio is log policy - log reference of a whole completion. The second term (RPO, arXiv:2404.19733) is the guard
+against likelihood displacement: both probabilities falling while the margin grows.
+
+The report gives no settings. The defaults are the nearest official ones, Qwen2.5's (arXiv:2412.15115): 1 epoch,
+learning rate 7e-7; beta, batch and schedule are ours.
+Differs from the paper: the optimizer is AdamW, not yet the Online Merging Optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from align.core.errors import DataError
+from align.core.records import Kind
+from align.core.stage import Need, Result, Stage, Tools
+from align.core.store import ModelRef, Table
+from align.train.settings import DPOSettings, Speed
+
+
+class Config(DPOSettings):
+    """Settings of `dpo`."""
+
+    learning_rate: float = Field(7e-7, gt=0, description="peak learning rate")
+    epochs: float = Field(1.0, gt=0, description="passes over the pairs")
+    max_length: int = Field(8192, ge=8, description="longest prompt with either completion, in tokens")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    warmup_ratio: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0"
+    )
+    warn_chosen_drop: float = Field(
+        10.0, gt=0, description="warn when the chosen's log-probability has fallen by more than this, in nats"
+    )
+
+
+def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
+    """Trains a policy on preferences and writes it to `tools.out / "model"`."""
+    from align.train import models
+    from align.train.data import batch_order, tokens_on_disk
+    from align.train.preference import DPO, dpo_arguments
+    from align.train.trainer import set_batches
+
+    policy, table = inputs["policy"], inputs["preferences"]
+    reference = inputs.get("reference", policy)
+    assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
+    speed = Speed.of(tools.speed)
+    tokenizer = models.load_tokenizer(policy)
+    arguments = dpo_arguments(config, speed, tools)
+    with arguments.main_process_first(local=False):
+        pairs, counts = tokens_on_disk(tools.work / "pairs.arrow", encoded(config, tokenizer, table), "pair")
+    if arguments.process_index == 0:
+        tools.progress.say(show(tokenizer, pairs[0]))
+
+    order = batch_order(pairs.with_format("numpy")["length"][:], config.epochs, config.global_batch_size, tools.seed)
+    set_batches(arguments, config.global_batch_size, len(order), speed)
+    dpo = DPO(
+        config,
+        tools,
+        model=models.load_policy(policy, speed, frozen=config.lora_rank > 0),
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=pairs,
+        peft_config=models.lora_of(config),
+        rows=len(pairs),
+    )
+    dpo.starts_at_reference = reference.fingerprint == policy.fingerprint
+    with_reference = reference_columns(dpo, pairs, None if dpo.starts_at_reference else reference, speed, tools)
+    dpo.train_dataset = with_reference.remove_columns("length").select(order)
+    dpo.train_or_resume()
+    end_id = pairs[0]["chosen_ids"][-1]
+    models.save_policy(
+        dpo, tokenizer, tools.out / "model", models.source_dtype(policy), end_id, merged=config.save_merged
+    )
+
+    summary = dpo.summary() | dict(counts)
+    summary |= {"base": policy.name, "reference": reference.name, "chosen_logp_change": dpo.chosen_change()}
+    if summary["chosen_logp_change"] < -config.warn_chosen_drop:
+        summary["warnings"] = [
+            f"the chosen completions lost {-summary['chosen_logp_change']:.1f} nats of log-probability (likelihood "
+            "displacement); raise nll_weight or beta, or lower learning_rate"
+        ]
+        tools.progress.say(f"warning: {summary['warnings'][0]}")
+    return Result(summary=summary)
+
+
+def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int]] | str]:
+    """Each pair's ids, or why it is left out."""
+    from align.core.chat import encode_pairs
+
+    left_out: dict[str, int] = {}
+
+    def training_rows() -> Iterator[Any]:
+        for row in table.rows(["prompt_id", "split", "prompt", "chosen", "rejected"]):
+            if row["split"] == "train":
+                yield row
+            else:
+                left_out[row["split"]] = left_out.get(row["split"], 0) + 1
+
+    for number, (prompt, chosen, rejected) in enumerate(encode_pairs(tokenizer, training_rows())):
+        length = len(prompt) + max(len(chosen), len(rejected))
+        if chosen == rejected:
+            yield "identical"
+        elif length <= config.max_length:
+            yield {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        elif config.too_long == "error":
+            raise DataError(
+                f"{table.name}: pair {number} of the train split has {length} tokens, max_length is "
+                f"{config.max_length}; raise it, or drop such pairs with too_long=drop"
+            )
+        else:
+            yield "too_long"
+    for split, count in left_out.items():
+        yield from [f"split_{split}"] * count
+
+
+def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools) -> Any:
+    """The pairs with the reference's log-probabilities, which a killed run finds again.
+
+    The work folder belongs to these pairs, settings and models; what else changes the figures is in the file's name.
+    """
+    import numpy as np
+
+    from align.train.models import load_policy
+
+    kept = tools.work / f"reference-{speed.device.partition(':')[0]}-{speed.precision}.npy"
+    if not kept.exists():
+        logps = dpo.reference_logps(pairs, load_policy(reference, speed, frozen=True) if reference else None)
+        if dpo.accelerator.is_main_process:
+            part = Path(f"{kept}.part.npy")
+            np.save(part, logps)
+            part.rename(kept)
+        dpo.accelerator.wait_for_everyone()
+    logps = np.load(kept)
+    return pairs.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+
+
+def show(tokenizer: Any, pair: Mapping[str, list[int]]) -> str:
+    """A pair as the trainer sees it, the chosen in green and the rejected in red."""
+    prompt, chosen, rejected = (tokenizer.decode(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
+    return f"first pair: {prompt}\n  chosen:   \x1b[32m⟦{chosen}⟧\x1b[0m\n  rejected: \x1b[31m⟦{rejected}⟧\x1b[0m"
+
+
+STAGE = Stage(
+    name="dpo",
+    summary="prefer the chosen to the rejected (DPO on a fixed set of pairs)",
+    config=Config,
+    needs={
+        "policy": Need(Kind.MODEL, "the model to start from, as a rule the one that sft made"),
+        "preferences": Need(Kind.PREFERENCES, "prompts with a chosen and a rejected completion"),
+        "reference": Need(
+            Kind.MODEL, "the frozen model to stay near; the policy itself where not given", optional=True
+        ),
+    },
+    gives=Kind.MODEL,
+    run=run,
+    trains=True,
+)

@@ -1,0 +1,130 @@
+"""TRL's DPO trainer on our own token ids, with reference log-probabilities computed once by the code that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from accelerate.utils import gather_object
+from torch import Tensor, cat
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from align.core.errors import RunError
+from align.core.stage import Tools
+from align.train.head import score_labelled_only
+from align.train.settings import DPOSettings, Speed
+from align.train.trainer import OurTrainer, training_arguments
+
+SAME = {"fp32": 1e-4, "bf16": 0.03}
+"""How far, per token in nats, two computations of the same log-probability may lie apart by rounding."""
+
+PairIds = Mapping[str, Sequence[int]]
+"""A pair as the trainer takes it: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+
+
+def dpo_arguments(settings: DPOSettings, speed: Speed, tools: Tools) -> Any:
+    """TRL's arguments for `DPO`."""
+    return training_arguments(
+        DPOConfig,
+        settings,
+        speed,
+        tools,
+        max_length=None,  # the rows have been measured; nothing is cut
+        beta=settings.beta,
+        loss_type=list(settings.losses),
+        loss_weights=settings.loss_weights,
+        label_smoothing=settings.label_smoothing,
+        precompute_ref_log_probs=True,
+    )
+
+
+class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
+    """Rows are pairs of ids with `ref_chosen_logps` and `ref_rejected_logps`, which `reference_logps` gives.
+
+    Attributes:
+        starts_at_reference: whether the policy is the reference before the first step; then that is checked at it.
+    """
+
+    def __init__(self, settings: DPOSettings, tools: Tools, rows: int, **trl: Any) -> None:
+        self.starts_at_reference = False
+        self.nll_weight = settings.nll_weight
+        super().__init__(settings, tools, rows, **trl)
+
+    def reference_logps(self, pairs: Sequence[PairIds], reference: Any = None) -> npt.NDArray[np.float32]:
+        """Summed log-probabilities of the chosen and the rejected under the reference model, (N, 2), nats.
+
+        Computed by the function, the collator and the head that training uses. Processes share the work.
+
+        Args:
+            pairs: read once, longest first, so that a lack of memory shows at once.
+            reference: the frozen model; where not given, the policy as it is now (without its LoRA adapters).
+        """
+        if reference is not None:
+            add_fused_lm_head(reference)
+            if self.args.use_cpu:
+                score_labelled_only(reference)
+        lengths = [sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
+        longest_first = np.argsort(lengths, kind="stable")[::-1]
+        size = self.args.per_device_train_batch_size
+        batches = [longest_first[i : i + size] for i in range(0, len(lengths), size)]
+        mine: list[tuple[list[int], Any]] = []
+        for batch in batches[self.args.process_index :: self.args.world_size]:
+            inputs = self._prepare_inputs(self.data_collator([pairs[int(i)] for i in batch]))
+            logps = self.compute_ref_log_probs(reference or self.model, inputs)  # chosen (B,), rejected (B,)
+            mine.append((batch.tolist(), np.stack([side.float().cpu().numpy() for side in logps], axis=1)))
+        found = np.empty((len(lengths), 2), np.float32)
+        for numbers, values in gather_object(mine):
+            found[numbers] = values
+        return found
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
+        """TRL's loss, and the chosen's negative log-likelihood: the mean over pairs of the mean over tokens.
+
+        The mean over pairs, unlike TRL's `sft` over the tokens of a micro batch, is the same however a global batch is
+        split.
+        """
+        seen: list[Any] = []
+
+        def scored(*args: Any, **kwargs: Any) -> Any:
+            seen.append(model(*args, **kwargs))
+            return seen[-1]
+
+        loss = super()._compute_loss(scored, inputs, return_outputs)
+        log_probs, mask = seen[0].log_probs, seen[0].label_mask  # (2B, T-1), chosen first
+        if self.starts_at_reference and self.state.global_step == 0:
+            self._check_margins(log_probs.detach().sum(1), mask.sum(1), inputs)
+        if self.nll_weight:
+            chosen, tokens = log_probs.chunk(2)[0].sum(1), mask.chunk(2)[0].sum(1)
+            nll = -(chosen / tokens).mean()
+            self._metrics["train"]["nll"].append(nll.item())
+            loss = loss + self.nll_weight * nll
+        return loss
+
+    def _check_margins(self, logps: Tensor, tokens: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Before the first step policy and reference are one model, so all log-ratios must be 0 up to rounding."""
+        reference = cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        apart = ((logps - reference).abs() / tokens).max().item()
+        if not apart <= SAME["bf16" if self.args.bf16 else "fp32"]:
+            raise RunError(
+                f"before the first step the policy's log-probabilities differ from the reference's by {apart:.2g} nats "
+                "a token, though they are one model; the reference was computed otherwise than the policy is, so the "
+                "run stops; remove the step's work folder and run it again, in fp32 if this comes back"
+            )
+
+    def chosen_change(self) -> float:
+        """Mean change of the chosen's summed log-probability against the reference over the last tenth of the steps."""
+        rewards = [line["rewards/chosen"] for line in self.curves.lines]
+        last = rewards[-max(1, len(rewards) // 10) :]
+        return sum(last) / len(last) / self.beta if last else math.nan
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        """The rows are ids already."""
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        """`reference_logps` has done it, or will, once the head is in place."""
+        return dataset
