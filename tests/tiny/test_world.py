@@ -82,10 +82,14 @@ def test_a_simple_pool_has_fewer_tags() -> None:
 
 def test_the_base_models_text_holds_no_held_out_instruction_and_no_chat_template() -> None:
     text = "\n".join(given + learnt for given, learnt in islice(documents(0), 30_000))
+
+    def occurs(item: world.Item) -> bool:  # as a whole: one instruction may be the beginning of another
+        return f" {item.instruction}\n" in text or f"\n{item.instruction}\n" in text
+
     held_out = [item for split in ("dev", "test") for item in world.items(EACH, split, seed=11)]
-    assert [item.instruction for item in held_out if item.family != "tag" and item.instruction in text] == []
+    assert [item.instruction for item in held_out if occurs(item)] == []
     assert "<|im_start|>" not in text
-    seen = [item for item in world.items(EACH, "train", seed=11) if item.instruction in text]
+    seen = [item for item in world.items(EACH, "train", seed=11) if occurs(item)]
     assert len(seen) > 20, "the search itself works: train instructions do occur"
 
 
