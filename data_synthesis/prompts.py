@@ -16,8 +16,8 @@ from pydantic import Field, field_validator
 
 from align.core.errors import DataError, RecipeError
 from align.core.records import Kind, Row
-from align.core.source_spec import Source, licenses_of, parse_sources
-from align.core.sources import SHARES, read_rows, tell_split
+from align.core.source_spec import Source, parse_sources
+from align.core.sources import SHARES, licenses_of, read_rows, tell_split
 from align.core.stage import Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import normalise, root_text, split_of, stable_hash

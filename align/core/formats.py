@@ -112,7 +112,7 @@ def _beside(question: str | None) -> tuple[str, ...]:
 
 def _prompt(record: Record, question: str, where: str) -> Messages:
     text = record[question]
-    if question == "instruction" and isinstance(text, str) and record.get("input"):
+    if question == "instruction" and isinstance(text, str) and str(record.get("input") or "").strip():
         text = f"{text}\n\n{record['input']}"
     prompt = messages(text, "user", question, where)
     earlier: Messages = []

@@ -110,6 +110,8 @@ def _folder(path: Path) -> list[Part]:
         for file in path.rglob("*")
         if file.suffix in SUFFIXES and file.name not in _NO_DATA and not _hidden(file.relative_to(path))
     )
+    if steps := sorted(found.parent.name for found in path.glob("*/manifest.json")):
+        raise DataError(f"{path}: is a run's folder; name one of its steps, such as {path / steps[0]}")
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         raise DataError(f"{path}: is a model's folder, data was expected")
     if not files:

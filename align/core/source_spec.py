@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from align.core.card import read_licenses
 from align.core.errors import RecipeError
 
 Spec = str | Path | Mapping[str, Any] | Sequence[Any]
@@ -62,6 +61,9 @@ def parse_sources(spec: Spec) -> list[Source]:
         elif isinstance(item, Source):
             sources.append(item)
         elif isinstance(item, Mapping):
+            if {"path", "source"} <= set(item):
+                problems.append(f"{where}source and path are one and the same; give one of them")
+                continue
             keys = {"path": "source"}
             try:
                 sources.append(Source.model_validate({keys.get(key, key): value for key, value in item.items()}))
@@ -85,15 +87,3 @@ def _said(error: Any) -> str:
         close = difflib.get_close_matches(key, list(Source.model_fields), n=1)
         return f"{key}: unknown key{f'; did you mean {close[0]!r}?' if close else ''}"
     return f"{key}: {error['msg']}" + ("" if error["type"] == "missing" else f" ({error['input']!r:.60} was found)")
-
-
-def licenses_of(sources: Sequence[Source]) -> dict[str, str]:
-    """The licences of the sources, where they are stated: by the setting, or on a folder's card."""
-    found: dict[str, str] = {}
-    for source in sources:
-        path = Path(source.source).expanduser()
-        if source.license is not None:
-            found[path.name if path.exists() else source.source] = source.license
-        elif path.is_dir():
-            found |= read_licenses(path)
-    return found

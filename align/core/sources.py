@@ -11,20 +11,19 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from align.core import formats
-from align.core.card import Card
+from align.core.card import Card, read_licenses
 from align.core.columns import TASK_OF, reference_columns, reference_of, stored
 from align.core.errors import DataError
 from align.core.fingerprint import content_fingerprint, fingerprint_of
 from align.core.locate import Part, locate, our_split
+from align.core.mixture import pick
 from align.core.readers import Record
 from align.core.records import COLUMNS, Kind, Row
-from align.core.source_spec import Source, Spec, licenses_of, parse_sources
+from align.core.source_spec import Source, Spec, parse_sources
 from align.core.store import Table
 from align.core.text import prompt_id_of, root_text, split_of
 from align.core.writer import DatasetWriter
@@ -58,7 +57,9 @@ def _fingerprint(source: Source, parts: Sequence[Part]) -> str:
     return fingerprint_of([known, files, hub])
 
 
-def open_source(spec: Spec, kind: Kind | None, cache: Path, seed: int = 0, name: str | None = None) -> Table:
+def open_source(
+    spec: Spec, kind: Kind | tuple[Kind, ...] | None, cache: Path, seed: int = 0, name: str | None = None
+) -> Table:
     """Rows of a kind from what a user has.
 
     A folder that already holds rows of the kind is read where it lies; anything else is converted once into a folder of
@@ -69,7 +70,8 @@ def open_source(spec: Spec, kind: Kind | None, cache: Path, seed: int = 0, name:
 
     Args:
         spec: see the module.
-        kind: what is needed; None for any rows, prompt and completion made messages where they can be (for `verify`).
+        kind: what is needed. Of several kinds the first that a folder holds, and for data to be converted the first.
+            None for any rows, prompt and completion made messages where they can be (for `verify`).
         cache: a folder for converted data, which may be shared between runs.
         seed: decides random subsets.
         name: how people know the table; else what the spec calls it.
@@ -81,10 +83,12 @@ def open_source(spec: Spec, kind: Kind | None, cache: Path, seed: int = 0, name:
     sources = parse_sources(spec)
     known_as = name or " + ".join(Path(source.source).name for source in sources)
     located = [locate(s.source, s.name, s.split, s.revision) for s in sources]
-    if kind is not None and len(sources) == 1 and sources[0] == Source(source=sources[0].source):
-        ready = _ready(Path(sources[0].source), kind, known_as)
+    kinds: tuple[Kind | None, ...] = kind if isinstance(kind, tuple) else (kind,)
+    if len(sources) == 1 and sources[0] == Source(source=sources[0].source):
+        ready = _ready(Path(sources[0].source).expanduser(), kinds, known_as)
         if ready is not None:
             return ready
+    kind = kinds[0]
     prints = [_fingerprint(source, parts) for source, parts in zip(sources, located, strict=True)]
     drawn = any(s.fraction or s.count or s.weight for s in sources)
     folder = cache / fingerprint_of([formats.VERSION, kind, SHARES, prints, seed if drawn else None])
@@ -93,13 +97,27 @@ def open_source(spec: Spec, kind: Kind | None, cache: Path, seed: int = 0, name:
     return Table.open(folder, name=known_as)
 
 
-def _ready(path: Path, kind: Kind, name: str) -> Table | None:
-    """The table of a folder that holds rows of this kind as a stage wrote them; None where it doesn't."""
-    if not [*(path / "data").glob("*.parquet")] or (path / "config.json").exists():
+def _ready(path: Path, kinds: Sequence[Kind | None], name: str) -> Table | None:
+    """The table of a folder that holds rows of one of the kinds as a stage wrote them; None where it doesn't.
+
+    Completions have all the columns of prompts and of demonstrations, and are neither: many of a prompt, good and bad.
+    """
+    if not [*(path / "data").glob("*.parquet")]:
         return None
     table = Table.open(path, name=name)
-    ours = set(COLUMNS[kind]) <= set(table.columns)
-    return table if ours and (kind is Kind.ONTOLOGY or table.has_messages("prompt")) else None
+    columns = set(table.columns)
+    completions = set(COLUMNS[Kind.COMPLETIONS]) <= columns
+    if completions and not {Kind.COMPLETIONS, None} & set(kinds):
+        wanted = " or ".join(kind.value for kind in kinds if kind is not None)
+        raise DataError(
+            f"{path}: holds completions, {wanted} were expected; make demonstrations of them with the stage "
+            "`demonstrate`, preferences with `pair`, and take their prompts with `prompts`"
+        )
+    for kind in kinds:
+        fits = kind is not None and set(COLUMNS[kind]) <= columns
+        if fits and (kind is Kind.ONTOLOGY or table.has_messages("prompt")):
+            return table
+    return None
 
 
 def _convert(sources: Sequence[Source], kind: Kind | None, folder: Path, seed: int) -> None:
@@ -113,10 +131,15 @@ def _convert(sources: Sequence[Source], kind: Kind | None, folder: Path, seed: i
     try:
         with DatasetWriter(part, kind or Kind.COMPLETIONS, card, lenient=True) as writer:
             dropped: list[str] = []
+            last, index = None, 0  # completions of one prompt that follow one another are numbered
             for row in read_rows(sources, kind, seed, dropped):
                 if kind is not Kind.ONTOLOGY and row["split"] is None:
                     known = kind is Kind.PROMPTS and row["prompt"]
                     row["split"] = split_of(root_text(row["prompt"]), *SHARES) if known else "train"
+                if kind is Kind.COMPLETIONS:
+                    index = index + 1 if row["prompt_id"] == last else 0
+                    last = row["prompt_id"]
+                    row["sample_index"] = index if row["sample_index"] is None else row["sample_index"]
                 writer.write(row)
             if dropped:
                 writer.card = replace(card, notes=f"{card.notes} Left out: {len(dropped)} rows; first: {dropped[0]}")
@@ -125,6 +148,22 @@ def _convert(sources: Sequence[Source], kind: Kind | None, folder: Path, seed: i
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def licenses_of(sources: Sequence[Source]) -> dict[str, str]:
+    """The licences of the sources, where they are stated: by the setting, on a folder's card, or by the Hub."""
+    found: dict[str, str] = {}
+    for source in sources:
+        path = Path(source.source).expanduser()
+        if source.license is not None:
+            found[path.name if path.exists() else source.source] = source.license
+        elif path.is_dir():
+            found |= read_licenses(path)
+        elif not path.exists():
+            for part in locate(source.source, source.name, source.split, source.revision):
+                if part.dataset is not None and part.dataset.info.license:
+                    found[part.label] = part.dataset.info.license
+    return found
 
 
 def read_rows(
@@ -142,24 +181,22 @@ def read_rows(
         DataError: as for `open_source`.
     """
     located = [locate(s.source, s.name, s.split, s.revision) for s in sources]
-    chosen = _choose(sources, located, seed)
-    for source, parts, places in zip(sources, located, chosen, strict=True):
-        shapes: dict[tuple[str, ...], formats.Shape] = {}
-        for part, number, where, record in _at(places, _records(source, parts)):
-            named = _renamed(record, source, where)
-            columns = tuple(named)
-            if columns not in shapes:
-                shapes[columns] = formats.shape_of(columns, kind, where)
-            try:
-                rows = shapes[columns](named, where)
-                rows = [finish(row, record, source, part, number, kind, where) for row in rows]
-            except DataError as problem:
-                if source.bad_rows == "refuse":
-                    raise DataError(f"{problem}. Mend it, or leave such rows out with bad_rows: drop") from problem
-                if dropped is not None:
-                    dropped.append(str(problem))
-                continue
-            yield from rows
+    shapes: dict[tuple[str, ...], formats.Shape] = {}
+    for source, part, number, where, record in pick(sources, located, seed):
+        named = _renamed(record, source, where)
+        columns = tuple(named)
+        if columns not in shapes:
+            shapes[columns] = formats.shape_of(columns, kind, where)
+        try:
+            rows = shapes[columns](named, where)
+            rows = [finish(row, record, source, part, number, kind, where) for row in rows]
+        except DataError as problem:
+            if source.bad_rows == "refuse":
+                raise DataError(f"{problem}. Mend it, or leave such rows out with bad_rows: drop") from problem
+            if dropped is not None:
+                dropped.append(str(problem))
+            continue
+        yield from rows
 
 
 def tell_split(sources: Sequence[Source]) -> bool:
@@ -171,21 +208,6 @@ def tell_split(sources: Sequence[Source]) -> bool:
     return False
 
 
-def _at(places: Any, records: Iterator[tuple[Part, int, str, Record]]) -> Iterator[tuple[Part, int, str, Record]]:
-    """The records at the places given, in order; all of them where `places` is None."""
-    if places is None:
-        yield from records
-        return
-    wanted = iter(places)
-    following = next(wanted, None)
-    for position, found in enumerate(records):
-        if following is None:
-            return
-        if position == following:
-            yield found
-            following = next(wanted, None)
-
-
 def _renamed(record: Record, source: Source, where: str) -> Record:
     """The record under our names, without the columns that went into the reference."""
     missing = sorted(set(source.columns) - set(record))
@@ -195,56 +217,6 @@ def _renamed(record: Record, source: Source, where: str) -> Record:
     ours = {name for name in source.columns.values() if name is not None}
     kept = {key: value for key, value in record.items() if key not in source.columns and key not in ours | used}
     return kept | {name: record[key] for key, name in source.columns.items() if name is not None}
-
-
-def _choose(sources: Sequence[Source], located: Sequence[list[Part]], seed: int) -> list[Any]:
-    """For each source the positions of the rows that it gives, in order; None for all."""
-    if all(s.fraction is None and s.count is None and s.weight is None for s in sources):
-        return [None] * len(sources)
-    there = [_count(source, parts) for source, parts in zip(sources, located, strict=True)]
-    given = []
-    for source, total in zip(sources, there, strict=True):
-        wanted = total if source.fraction is None else max(1, round(Fraction(str(source.fraction)) * total))
-        if source.count is not None:
-            if source.count > wanted:
-                raise DataError(f"{source.source}: count asks for {source.count} rows, {wanted} are there")
-            wanted = source.count
-        given.append(wanted)
-    if sources[0].weight is not None:
-        weights = [Fraction(str(source.weight)) for source in sources]
-        scale = min(number / weight for number, weight in zip(given, weights, strict=True))
-        given = [int(weight * scale) for weight in weights]
-    return [
-        _draw(total, wanted, [seed if source.seed is None else source.seed, index])
-        for index, (source, total, wanted) in enumerate(zip(sources, there, given, strict=True))
-    ]
-
-
-def _draw(total: int, wanted: int, seed: list[int]) -> Any:
-    import numpy as np
-
-    if wanted == total:
-        return None
-    return np.sort(np.random.default_rng([part % 2**63 for part in seed]).permutation(total)[:wanted])
-
-
-def _count(source: Source, parts: Sequence[Part]) -> int:
-    if source.split is None or any(part.split for part in parts):
-        return sum(part.count() for part in parts)
-    return sum(1 for _ in _records(source, parts))
-
-
-def _records(source: Source, parts: Sequence[Part]) -> Iterator[tuple[Part, int, str, Record]]:
-    """The records of a source with their part, number in it and place; those of other splits are left out."""
-    by_column = source.split is not None and not any(part.split for part in parts)
-    for part in parts:
-        for number, (where, record) in enumerate(part.records()):
-            if by_column:
-                if "split" not in record:
-                    raise DataError(f"{where}: split {source.split!r} was asked for, and there is no column `split`")
-                if record["split"] != source.split:
-                    continue
-            yield part, number, where, record
 
 
 def finish(row: Row, record: Record, source: Source, part: Part, number: int, kind: Kind | None, where: str) -> Row:

@@ -391,3 +391,35 @@ def test_the_splits_of_a_hub_dataset_become_ours_or_one_must_be_chosen(cache: Pa
         open_source("owner/name", Kind.DEMONSTRATIONS, cache)
     chosen = open_source({"source": "owner/name", "split": "train_prefs"}, Kind.DEMONSTRATIONS, cache)
     assert questions(chosen) == ["train_prefs 0", "train_prefs 1"]
+
+
+def test_completions_are_no_demonstrations_and_no_prompts(tmp_path: Path, cache: Path):
+    """They have all the columns of both: without this, failed completions would be trained on."""
+    row = {"prompt_id": "p", "prompt": [{"role": "user", "content": "q"}], "split": "train", "verdict": "failed"}
+    write_rows(tmp_path / "s", [row | {"completion": [{"role": "assistant", "content": "a"}]}], Kind.COMPLETIONS)
+    for kind in (Kind.DEMONSTRATIONS, Kind.PROMPTS):
+        with pytest.raises(DataError, match=rf"holds completions, {kind.value} were expected; .*`demonstrate`"):
+            open_source(tmp_path / "s", kind, cache)
+    for kinds in (Kind.COMPLETIONS, (Kind.COMPLETIONS, Kind.PROMPTS), None):
+        assert len(open_source(tmp_path / "s", kinds, cache)) == 1
+
+
+def test_of_several_kinds_the_one_that_a_folder_holds_is_read(tmp_path: Path, cache: Path):
+    row = {"prompt_id": "p", "prompt": [{"role": "user", "content": "q"}], "split": "train"}
+    write_rows(tmp_path / "p", [row | {"answer": [{"role": "assistant", "content": "a"}]}], Kind.PROMPTS)
+    table = open_source(tmp_path / "p", (Kind.COMPLETIONS, Kind.PROMPTS), cache)
+    assert "answer" in table.columns
+    assert "completion" not in table.columns
+
+
+def test_completions_of_one_prompt_are_numbered(tmp_path: Path, cache: Path):
+    rows = [{"prompt": q, "completion": a} for q, a in (("q", "1"), ("q", "2"), ("r", "1"), ("r", "2"), ("r", "3"))]
+    table = open_source(str(jsonl(tmp_path / "x.jsonl", rows)), Kind.COMPLETIONS, cache)
+    assert [row["sample_index"] for row in table.rows()] == [0, 1, 0, 1, 2]
+
+
+def test_a_runs_folder_is_no_dataset(tmp_path: Path, cache: Path):
+    write_rows(tmp_path / "run" / "sample", [], Kind.PROMPTS)
+    (tmp_path / "run" / "sample" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"is a run's folder; name one of its steps, such as .*run/sample"):
+        open_source(tmp_path / "run", Kind.PROMPTS, cache)
