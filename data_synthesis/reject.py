@@ -8,13 +8,15 @@ an engine in the role `judge` a path must also be judged reasonable, as the repo
 All completions are given, right and wrong, with `kept` marking the demonstrations: `pair` needs the wrong ones.
 Pooling over several models, RFT's strongest row, is one `reject` step a model, all of them inputs of one `demonstrate`.
 
-Differs from the paper: tasks other than math tell paths apart by their text; `keep` can cap the paths of a prompt.
+Differs from the paper: tasks other than math tell paths apart by their text; `keep` can cap the paths of a prompt; with
+`right` sampling is adaptive, so that easy prompts cost few samples and hard ones get many.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 from pydantic import Field
@@ -37,11 +39,21 @@ from reward.judge import Judge, JudgeConfig
 from reward.math_answers import equation_key, equations_hold
 from reward.verifiers import Verifiers
 
+BLOCK = 512
+"""Prompts whose rounds run together where sampling is adaptive."""
+
 
 class RejectConfig(SamplingConfig, JudgeConfig):
     """Settings of `reject`."""
 
     samples: int = Field(100, ge=1, description="completions sampled for each prompt; 100 is RFT's k")
+    right: int | None = Field(
+        None, ge=1, description="right completions wanted of each prompt: while it has fewer, `samples` more are "
+        "taken; none: `samples` of every prompt, as in RFT",
+    )  # fmt: skip
+    max_samples: int = Field(
+        100, ge=1, description="most completions of a prompt where `right` is set; then it is given up"
+    )
     keep: int | None = Field(
         None, ge=1, description="most distinct right paths of a prompt that are kept; all, as in RFT"
     )
@@ -67,8 +79,13 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
     tools.progress.start(len(table), "prompts")
     with Verifiers(config.sandbox) as verifiers:
         prompts = wanted(table.rows(), config.splits, skipped)
-        answers = sampled(prompts, engine, config.samples, config.params(tools.seed))
-        groups = verified(answers, verifiers, engine.generator, ErrorBudget("reject", config.max_error_share))
+        budget = ErrorBudget("reject", config.max_error_share)
+
+        def one_round(rows: Iterable[Row], samples: int, first_index: int) -> Iterator[list[Row]]:
+            answers = sampled(rows, engine, samples, config.params(tools.seed), first_index)
+            return verified(answers, verifiers, engine.generator, budget, first_index)
+
+        groups = one_round(prompts, config.samples, 0) if config.right is None else adaptive(prompts, config, one_round)
         groups = (mark_right(rows, config) for rows in groups)
         if "judge" in tools.engines:
             groups = judged(groups, Judge(tools.engines["judge"], config, tools.seed), config.max_error_share)
@@ -81,6 +98,30 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
         if verifiers.sandbox_report:
             summary["sandbox"] = verifiers.sandbox_report
     tally.check("reject", table.name, skipped)
+
+
+def adaptive(
+    prompts: Iterable[Row], config: RejectConfig, one_round: Callable[[Iterable[Row], int, int], Iterator[list[Row]]]
+) -> Iterator[list[Row]]:
+    """Yields each prompt's rows, sampled in rounds until `right` of them passed or `max_samples` were taken.
+
+    Args:
+        prompts: read a block at a time, since a prompt's rounds come one after the other.
+        config: the settings.
+        one_round: gives the rows of some prompts, for a number of samples from an index on.
+    """
+    remaining = iter(prompts)
+    while block := list(islice(remaining, BLOCK)):
+        rows: list[list[Row]] = [[] for _ in block]
+        unsolved = list(range(len(block)))
+        taken = 0
+        while unsolved and taken < config.max_samples:
+            samples = min(config.samples, config.max_samples - taken)
+            for place, more in zip(unsolved, one_round([block[i] for i in unsolved], samples, taken), strict=True):
+                rows[place] += more
+            taken += samples
+            unsolved = [i for i in unsolved if sum(row["verdict"] == "passed" for row in rows[i]) < (config.right or 0)]
+        yield from rows
 
 
 def mark_right(rows: list[Row], config: RejectConfig) -> list[Row]:

@@ -147,7 +147,7 @@ def wanted(
 
 
 def sampled(
-    rows: Iterable[Row], engine: Engine, samples: int, params: SamplingParams
+    rows: Iterable[Row], engine: Engine, samples: int, params: SamplingParams, first_index: int = 0
 ) -> Iterator[tuple[Row, list[Completion]]]:
     """Yields each row with its completions, in the rows' order; rows are read a bounded number ahead."""
     waiting: deque[Row] = deque()
@@ -157,12 +157,16 @@ def sampled(
             waiting.append(row)
             yield row["prompt"]
 
-    for _, completions in in_order(engine, prompts(), samples, params):
+    for _, completions in in_order(engine, prompts(), samples, params, first_index):
         yield waiting.popleft(), completions
 
 
 def verified(
-    groups: Iterable[tuple[Row, list[Completion]]], verifiers: Verifiers, generator: str, budget: ErrorBudget
+    groups: Iterable[tuple[Row, list[Completion]]],
+    verifiers: Verifiers,
+    generator: str,
+    budget: ErrorBudget,
+    first_index: int = 0,
 ) -> Iterator[list[Row]]:
     """Yields each prompt's COMPLETIONS rows, in order. A failed sample is an error and isn't verified.
 
@@ -182,7 +186,7 @@ def verified(
     for (row, completions), verdicts in answered(groups, questions, verifiers.verify_many):
         given = iter(verdicts)
         rows: list[Row] = []
-        for index, completion in enumerate(completions):
+        for index, completion in enumerate(completions, start=first_index):
             if completion.finish_reason == "error":
                 verdict = Verdict.error(f"not sampled: {completion.error}")
             else:

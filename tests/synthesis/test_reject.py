@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.core.engines.base import Completion
+from align.core.engines.cache import CachedEngine
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
 from align.core.records import COLUMNS, Kind, Row
@@ -145,6 +147,47 @@ def test_too_many_errors_stop_the_stage_before_all_is_sampled(bench: Bench) -> N
     with pytest.raises(EngineError, match="answers are errors"):
         bench.run(STAGE, {"samples": 10}, {"sampler": engine}, prompts=[a_sum(i) for i in range(2000)])
     assert engine.calls < 2000
+
+
+def test_adaptive_sampling_goes_on_where_right_answers_are_rare_and_gives_up_at_last(bench: Bench) -> None:
+    """Two samples a round, one right answer wanted, at most seven samples: prompt 1 is right at index 0 (one round),
+    prompt 2 at index 5 (three rounds), prompt 3 never (three rounds and one more sample).
+    """
+    first_right = {"sum 1": 0, "sum 2": 5, "sum 3": 99}
+
+    def answer(prompt: Any, index: int) -> str:
+        return RIGHT if index >= first_right[prompt[0]["content"]] else f"{WRONG} {index}"
+
+    engine = ScriptedEngine(answer, ahead=2)
+    settings = {"samples": 2, "right": 1, "max_samples": 7}
+    rows = bench.run(STAGE, settings, {"sampler": engine}, prompts=[a_sum(i) for i in (1, 2, 3)])
+    assert [(row["prompt_id"], row["sample_index"]) for row in rows] == [
+        *(("p1", i) for i in range(2)), *(("p2", i) for i in range(6)), *(("p3", i) for i in range(7))
+    ]  # fmt: skip
+    assert [row["sample_index"] for row in rows if row["verdict"] == "passed"] == [0, 1, 5]
+    assert engine.calls == 15
+    assert bench.summary["samples"] == 15 and bench.summary["solved_prompts"] == 2
+
+
+def test_a_run_that_died_goes_on_where_it_was_and_gives_the_same_rows(bench: Bench, tmp_path: Path) -> None:
+    def answer(prompt: Any, index: int) -> str:
+        return RIGHT if index % 2 else f"{WRONG} {index}"
+
+    def dying(prompt: Any, index: int) -> str:
+        if prompt[0]["content"] == "sum 30":
+            raise KeyboardInterrupt
+        return answer(prompt, index)
+
+    prompts = [a_sum(i) for i in range(50)]
+    expected = bench.run(STAGE, {"samples": 4}, {"sampler": ScriptedEngine(answer)}, prompts=prompts)
+    first = CachedEngine(ScriptedEngine(dying, fingerprint="same"), tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(STAGE, {"samples": 4}, {"sampler": first}, prompts=prompts)
+    first.close()
+    second = CachedEngine(ScriptedEngine(answer, fingerprint="same"), tmp_path / "cache")
+    assert bench.run(STAGE, {"samples": 4}, {"sampler": second}, prompts=prompts) == expected
+    assert second.hits == 30 * 4
+    second.close()
 
 
 def test_a_broken_reference_is_an_error_of_its_rows_only(bench: Bench) -> None:
