@@ -68,7 +68,7 @@ class PromptsConfig(StageConfig):
         try:
             parse_sources([item for item in _items(value) if not _is_tiny(item)] or ["none"])
         except RecipeError as problem:
-            raise ValueError("; ".join(problem.problems)) from problem
+            raise ValueError("; ".join(text.removeprefix("source: ") for text in problem.problems)) from problem
         return value
 
 
