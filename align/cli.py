@@ -279,6 +279,10 @@ def _recipe_file(text: str) -> Path:
 
 
 def _write_report(folder: Path) -> Path | None:
+    from importlib.util import find_spec
+
+    if find_spec("align.report.page") is None:
+        return None
     from align.report.page import write_report
 
     return write_report(folder)

@@ -53,6 +53,10 @@ class Engines(Mapping[str, Engine]):
         for engine in self._cached.values():
             engine.close()
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By role: completions sampled in this attempt, and those that an earlier attempt had left in the cache."""
+        return {role: {"sampled": each.misses, "reused": each.hits} for role, each in self._cached.items()}
+
     def _build(self, spec: EngineSpec) -> Engine:
         """Roles that ask for the same engine share it: a model is in memory once."""
         for known, engine in self._plain:
@@ -130,8 +134,8 @@ def origins(recipe: Recipe, step: Step, inputs: Mapping[str, Table | ModelRef]) 
     return found
 
 
-def engine_origins(recipe: Recipe, step: Step) -> dict[str, Origin]:
-    """The model of each engine and what decided its samples, for the manifest."""
+def engine_origins(recipe: Recipe, step: Step, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Origin]:
+    """The model of each engine, what decided its samples, and how many there were, for the manifest."""
     found = {}
     for role, spec in step.engines.items():
         chosen = backend(spec.kind)
@@ -141,6 +145,7 @@ def engine_origins(recipe: Recipe, step: Step) -> dict[str, Origin]:
             about |= {"name": model.name, "path": spec.model.step or model.path, "fingerprint": model.fingerprint}
         else:
             about |= {"name": str(spec.model.spec), "path": str(spec.model.spec)}
+        about |= counts.get(role, {})
         found[role] = Origin(step=spec.model.step, **about)
     return found
 

@@ -115,12 +115,13 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
 
             seed = step_seed(recipe.seed, step.name)
             result = launch(step, inputs, seed, work, folder)
-            rows = None
+            rows, counts = None, {}
         else:
             with Engines(recipe, step, folder / "work", rank) as engines:
                 tools = Tools(step_seed(recipe.seed, step.name), engines, progress, work, folder, step.speed)
                 result = step.stage.run(step.config, inputs, tools)
                 rows = _write_rows(recipe, step, inputs, result, folder) if rank == 0 else None
+                counts = engines.counts()
         if rank == 0 and not step.stage.gives.is_dataset:
             ModelRef.open(folder / "model", step.stage.gives, name=step.name)
     except AlignError as problem:
@@ -146,7 +147,7 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
         settings=step.config.model_dump(mode="json"),
         seed=step_seed(recipe.seed, step.name),
         inputs=origins(recipe, step, inputs),
-        engines=engine_origins(recipe, step),
+        engines=engine_origins(recipe, step, counts),
         rows=rows,
         seconds=round(time.monotonic() - began, 3),
         cpu_seconds=round(_cpu_seconds() - cpu, 3),

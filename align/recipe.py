@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load_recipe(path: Path, arguments: Sequence[str] = (), out: Path | None = No
         if len(keys) > 1 and isinstance(named, dict) and keys[1] not in named:
             problems.add(keys[:2], f"there is no such {keys[0][:-1]}; {nearest(keys[1], list(named))}")
             continue
-        _open_engines(data, keys)
+        _open_short(data, keys, data.get("steps") or ())
         yamlfile.put(data, keys, value)
     data.setdefault("name", path.stem)
     return _check(data, problems, out)
@@ -88,7 +88,7 @@ def load_stage(verb: str, arguments: Sequence[str], file: Path | None = None) ->
         elif keys[0] == "processes":
             yamlfile.put(step, keys, value)
         elif keys[0] in places:
-            _open_engines(step, (places[keys[0]], *keys))
+            _open_short(step, (places[keys[0]], *keys), ())
             yamlfile.put(step[places[keys[0]]], keys, value)
         else:
             hint = nearest(keys[0], [*places, "out", "seed", "processes"])
@@ -98,11 +98,11 @@ def load_stage(verb: str, arguments: Sequence[str], file: Path | None = None) ->
     return _check(data, problems, None, alone=True)
 
 
-def _open_engines(data: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Makes `engines.policy: tiny` a mapping where an argument such as `engines.policy.slots=8` goes into it."""
-    for number, key in enumerate(keys[:-1]):
-        if isinstance(data.get(key), str) and number > 0 and keys[number - 1] == "engines":
-            data[key] = {"model": data[key]}
+def _open_short(data: dict[str, Any], keys: tuple[str, ...], steps: Collection[str]) -> None:
+    """Makes `policy: tiny` or `prompts: p.jsonl` a mapping where an argument such as `policy.slots=8` goes into it."""
+    for above, key in zip(("", *keys), keys[:-1], strict=False):
+        if isinstance(short := data.get(key), str) and above in ("engines", "in"):
+            data[key] = {"model" if above == "engines" else "step" if short in steps else "path": short}
         if not isinstance(data.get(key), dict):
             return
         data = data[key]

@@ -253,6 +253,8 @@ def test_a_killed_sampling_goes_on_and_repeats_no_finished_sample(tmp_path: Path
     assert len(asked) == 60
     # The sample that was being made at the kill is the only one that may be asked for twice.
     assert sum(asked.values()) <= 61
+    sampler = (Manifest.read(out / "sample") or pytest.fail()).engines["sampler"].model_dump()
+    assert sampler["sampled"] + sampler["reused"] == 60 and sampler["reused"] >= after - 1
     assert rows(out / "sample") == rows(whole / "run" / "sample")
     assert not (out / "sample" / "work").exists()
 

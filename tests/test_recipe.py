@@ -298,6 +298,18 @@ def test_an_argument_goes_into_an_engine_that_is_written_short(tmp_path: Path) -
     assert (spec.kind, spec.model.step, spec.settings.model_dump()["slots"]) == ("transformers", "train", 4)
 
 
+def test_an_argument_goes_into_an_input_that_is_written_short(tmp_path: Path) -> None:
+    file = tmp_path / "t.yaml"
+    file.write_text(f'steps:\n{MAKE}  tag: {{stage: "tests.fakes:TAG", in: {{prompts: make}}}}\n')
+    (source,) = load_recipe(file, ["steps.tag.in.prompts.fraction=0.5"]).steps["tag"].inputs["prompts"]
+    assert (source.step, source.spec) == ("make", {"fraction": 0.5})
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"prompt": "hello"}\n')
+    arguments = [f"prompts={data}", "prompts.count=1", "out=o"]
+    (source,) = load_stage("tests.fakes:TAG", arguments).steps["tag"].inputs["prompts"]
+    assert source.spec == {"path": str(data), "count": 1}
+
+
 def test_a_stage_alone_takes_inputs_engines_and_settings_as_flat_keys(tmp_path: Path) -> None:
     data = tmp_path / "p.jsonl"
     data.write_text('{"prompt": "hello"}\n')

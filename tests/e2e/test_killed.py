@@ -1,0 +1,84 @@
+"""Real stages with the shipped model, killed with SIGKILL at several moments: same result, nothing sampled twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.core.engines.cache import CompletionFile
+from align.core.manifest import Manifest
+from align.core.store import TINY, Table
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+name: killed
+seed: 5
+steps:
+  prompts:
+    stage: prompts
+    with: {source: {tiny: {families: {math: 40, format: 40}, seed: 3}}}
+  reject:
+    stage: reject
+    in: {prompts: prompts}
+    engines: {sampler: {model: tiny, slots: 16}}
+    with: {samples: 4, temperature: 1.0, max_tokens: 48}
+"""
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "align.cli", "run", str(out.parent / "k.yaml"), "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(out: Path) -> None:
+    process = start(out)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TINY.is_dir(), reason="the checkpoint of the package is not there")
+def test_rejection_sampling_killed_three_times_gives_the_same_rows_and_samples_nothing_twice(tmp_path: Path) -> None:
+    (tmp_path / "k.yaml").write_text(RECIPE)
+    finish(tmp_path / "whole")
+    whole = list(Table.open(tmp_path / "whole" / "reject").rows())
+    assert len(whole) == 4 * sum(
+        1 for row in Table.open(tmp_path / "whole" / "prompts").rows() if row["split"] == "train"
+    )
+
+    out = tmp_path / "killed"
+    cache = out / "reject" / "work" / "completions-sampler"
+    kept = 0
+    for share in (0.1, 0.4, 0.8):
+        process = start(out)
+        until = time.monotonic() + 120
+        while not cache.exists() or _completions(cache) < share * len(whole):
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert Manifest.read(out / "reject") is None
+        file = CompletionFile(cache)
+        assert len(file) >= kept, "what an attempt had finished is still there after the next one"
+        kept = len(file)
+        file.close()
+    finish(out)
+    manifest = Manifest.read(out / "reject")
+    assert manifest is not None
+    engine: dict[str, Any] = manifest.engines["sampler"].model_dump()
+    assert (engine["reused"], engine["sampled"]) == (kept, len(whole) - kept)
+    assert list(Table.open(out / "reject").rows()) == whole
+
+
+def _completions(cache: Path) -> int:
+    """How many completions a cache holds while another process writes it: frames of a length, a check and a key."""
+    content, place, count = cache.read_bytes(), len(b"align completions 1\n"), 0
+    while place + 24 <= len(content):
+        place += 24 + int.from_bytes(content[place : place + 4], "little")
+        count += place <= len(content)
+    return count
