@@ -118,8 +118,10 @@ def _batches(
         del ids[:size], weights[:size]
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 0) -> list[float]:
-    """Trains in place on 32 x 128 tokens a step; returns the loss of every step, in nats a weighted token."""
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int = 0, rows: int = 32
+) -> list[float]:
+    """Trains in place on `rows` x 128 tokens a step; returns the loss of every step, in nats a weighted token."""
     import torch
 
     torch.manual_seed(seed)
@@ -135,7 +137,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int
     ]
     losses = []
     started = time.monotonic()
-    for step, (ids, weights) in enumerate(islice(_batches(tokenizer, seed, 32, 128), steps)):
+    for step, (ids, weights) in enumerate(islice(_batches(tokenizer, seed, rows, 128), steps)):
         share = min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for optimizer, peak in zip(optimizers, (0.02, 3e-3), strict=True):
             for group in optimizer.param_groups:
@@ -155,7 +157,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int
     return losses
 
 
-def make(out: str | Path, steps: int = 1600, seed: int = 0, hidden: int = 128, layers: int = 4) -> Path:
+def make(out: str | Path, steps: int = 1600, seed: int = 0, hidden: int = 128, layers: int = 4, rows: int = 32) -> Path:
     """Makes tokenizer and base model and writes them to `out`, in bfloat16.
 
     Raises:
@@ -171,14 +173,14 @@ def make(out: str | Path, steps: int = 1600, seed: int = 0, hidden: int = 128, l
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = make_model(tokenizer, hidden, layers)
-    losses = train(model, tokenizer, steps, seed)
+    losses = train(model, tokenizer, steps, seed, rows)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     made = {
         "made_by": "align make-tiny",
         "steps": steps,
         "seed": seed,
-        "tokens": steps * 32 * 128,
+        "tokens": steps * rows * 128,
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
     }

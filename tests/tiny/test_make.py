@@ -45,12 +45,12 @@ def test_a_smaller_base_is_made_the_same_way_and_learns(tmp_path: Path) -> None:
 
     from align.tiny.make import make_model, train
 
-    folder = make(tmp_path / "base", steps=40, hidden=32, layers=2)
+    folder = make(tmp_path / "base", steps=60, hidden=32, layers=2, rows=8)
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "qwen2"
     assert tokenizer.chat_template
-    assert json.loads((folder / "made.json").read_text())["final_loss"] < 6.0  # ln 768 = 6.64 knows nothing
+    assert json.loads((folder / "made.json").read_text())["final_loss"] < 6.3  # ln 768 = 6.64 knows nothing
     with pytest.raises(DataError, match="holds a model already"):
         make(folder)
 
@@ -59,5 +59,5 @@ def test_a_smaller_base_is_made_the_same_way_and_learns(tmp_path: Path) -> None:
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
-        losses.append(train(make_model(tokenizer, 32, 1), tokenizer, steps=3))
+        losses.append(train(make_model(tokenizer, 32, 1), tokenizer, steps=3, rows=4))
     assert losses[0] == losses[1], "the same seed trains the same model"
