@@ -160,7 +160,7 @@ class Pool:
         self.skipped: Counter[str] = Counter()
         numbers: dict[str, int] = {}
         flat, ends, rich = array("i"), array("q", [0]), array("d")
-        for row in table.rows():
+        for row in table.rows([name for name in ("split", "prompt", "tags") if name in table.columns]):
             if row["split"] not in splits:
                 self.skipped[f"split {row['split']}"] += 1
                 continue

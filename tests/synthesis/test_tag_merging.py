@@ -37,6 +37,22 @@ def test_meaning_joins_through_a_chain_of_neighbours(monkeypatch: pytest.MonkeyP
     assert by_meaning({"a": 1, "b": 1, "c": 5, "d": 1}, "model", 0.05) == {"a": "c", "b": "c", "c": "c", "d": "d"}
 
 
+def test_clusters_are_those_of_dbscan_with_two_points_to_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.cluster import DBSCAN
+
+    rng = np.random.default_rng(3)
+    vectors = rng.normal(size=(40, 6))[rng.integers(0, 40, 3000)] + 0.22 * rng.normal(size=(3000, 6))  # more than BLOCK
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    monkeypatch.setattr("data_synthesis.tag_merging._vectors", lambda tags, embedding: vectors)
+    tags = [f"{number:04d}" for number in range(3000)]
+    found = by_meaning(dict.fromkeys(tags, 1), "model", 0.005)
+    labels = DBSCAN(eps=0.005, min_samples=2, metric="cosine").fit_predict(vectors)
+    firsts = {int(label): tags[place] for place, label in reversed([*enumerate(labels)])}
+    expected = {tag: tag if label < 0 else firsts[int(label)] for tag, label in zip(tags, labels, strict=True)}
+    assert found == expected
+    assert 100 < len(set(found.values())) < 2900
+
+
 def incidence(rows: list[str], names: str) -> csr_matrix:
     return csr_matrix(np.array([[name in row for name in names] for row in rows], dtype=np.int32))
 
