@@ -91,7 +91,7 @@ def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: T
             f"is on {max(raw.values())}); lower min_count"
         )
     sizes = {"raw": len(raw), "frequency": len(into)}
-    tools.progress.say(f"ontology: {len(raw)} raw tags, {len(into)} on {config.min_count} instructions or more")
+    tools.progress.say(f"{len(raw)} raw tags, {len(into)} on {config.min_count} instructions or more")
 
     into = _then(into, by_rules(_counts(into, raw)))
     sizes["rules"] = len(set(into.values()))

@@ -80,6 +80,7 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
                 seed=f"{tools.seed}/{rows[0]['prompt_id']}",
             )
             counts.update(of_prompt)
+            before = pairs_given
             for pair in pairs:
                 if rows[pair.rejected].get("runs") is False:
                     if broken + 1 > config.max_broken_share * (pairs_given + 1):
@@ -90,6 +91,8 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
                 margins += pair.margin
                 families[str(rows[0]["family"])] += 1
                 yield _preference(rows[pair.chosen], rows[pair.rejected], pair.margin)
+            if pairs and pairs_given == before:
+                counts["paired"] -= 1
         tools.progress.advance(len(rows), pairs=pairs_given)
         summary.update(
             prompts=prompts, pairs=pairs_given, by_family=dict(sorted(families.items())), outcome=dict(counts),

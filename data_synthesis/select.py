@@ -76,7 +76,7 @@ def run(config: SelectConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
     allowed = np.arange(len(pool)) if completeness is None else np.flatnonzero(pool.complete(completeness, config))
 
     chosen = choose(config, pool, allowed, tools.seed)
-    tools.progress.say(f"select: {len(chosen)} of {len(pool)} instructions")
+    tools.progress.say(f"{len(chosen)} of {len(pool)} instructions")
     if not len(chosen):
         raise DataError(
             f"select: none of the {len(pool)} instructions qualifies: they have no tags"
