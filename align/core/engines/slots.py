@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from align.core.engines.base import Completion, SamplingParams
-from align.core.engines.decoders import Decoder
+from align.core.engines.decoder import Decoder
 from align.core.engines.draws import choose, logprobs_of, sample_key, uniforms
 
 _Number = TypeVar("_Number", np.int64, np.float32)

@@ -11,7 +11,7 @@ from transformers import Qwen2ForSequenceClassification
 from align.core.chat import prompt_ids
 from align.core.engines import Completion, Prompt, SamplingParams
 from align.core.engines.build import EngineSettings, build_engine
-from align.core.engines.decoders import is_quick
+from align.core.engines.quick_weights import is_quick
 from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import EngineError, ModelError
 from tests.core.engines.models import QUICK, SHAPES, byte_tokenizer, tiny_model
@@ -301,7 +301,7 @@ def test_a_small_memory_budget_means_fewer_rows_not_other_samples(monkeypatch: p
     model = tiny_model("qwen2")
     params = SamplingParams(max_tokens=20, seed=2)
     free = _all(TransformersEngine(model, TOKENIZER, slots=16), PROMPTS, 4, params)
-    monkeypatch.setattr("align.core.engines.decoders.memory_budget", lambda device: 1)
+    monkeypatch.setattr("align.core.engines.quick_decoder.memory_budget", lambda device: 1)
     tight = _all(TransformersEngine(model, TOKENIZER, slots=16), PROMPTS, 4, params)
     assert tight == free
 

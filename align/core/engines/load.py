@@ -1,0 +1,103 @@
+"""Loading a causal language model and its tokenizer for sampling, with errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.core.errors import EngineError, ModelError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
+
+
+def find_device(name: str) -> torch.device:
+    """The torch device of a setting: auto, cpu, cuda or cuda:N."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as problem:
+        raise EngineError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N") from problem
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"device: found '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; use auto")
+    return device
+
+
+def load_model(path: str, device: torch.device, dtype: str) -> Any:
+    """Loads a causal language model; a LoRA adapter is merged into its base."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if dtype not in ("auto", *_DTYPES):
+        raise EngineError(f"dtype: found '{dtype}', expected auto, {', '.join(_DTYPES)}")
+    base, is_adapter = path, (Path(path) / "adapter_config.json").is_file()
+    wanted = torch.float32 if dtype == "auto" and device.type == "cpu" else _DTYPES.get(dtype, "auto")
+    remedy = "give a folder made by save_pretrained, or the id of a model on the Hub"
+    try:
+        if is_adapter:
+            from peft import PeftConfig, PeftModel
+
+            base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        config = AutoConfig.from_pretrained(base)
+        made_as = getattr(config, "architectures", None) or []
+        causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        if made_as and not any(name in causal for name in made_as):
+            raise ModelError(f"{path}: it is a {made_as[0]}, expected a causal language model")
+        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=wanted, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{path}: its checkpoint lacks {len(info['missing_keys'])} weights ({sorted(info['missing_keys'])[0]}, "
+                f"...), which would be random; {remedy}"
+            )
+        if is_adapter:
+            model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    except (OSError, ValueError, KeyError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise ModelError(f"{path}: it can't be loaded as a causal language model: {first}; {remedy}") from problem
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a model's folder (or, for an adapter without one, in its base model's)."""
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    remedy = "save the tokenizer into the model's folder (tokenizer.save_pretrained)"
+    if folder.is_dir() and not any(file for form in _TOKENIZER_FILES for file in folder.glob(form)):
+        adapter = folder / "adapter_config.json"
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.is_file() else None
+        if base:
+            return load_tokenizer(base)
+        # transformers would make one with an empty vocabulary from the config alone
+        raise ModelError(f"{path}: there is no tokenizer in this folder; {remedy}")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise ModelError(f"{path}: no tokenizer can be loaded from it: {first}; {remedy}") from problem
+
+
+def end_ids(tokenizer: Any, model: Any) -> set[int]:
+    """End tokens: the tokenizer's, the generation config's, and ChatML's end of turn where the vocabulary has it."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, (list, tuple)) else [ends])}
+    found.add(tokenizer.get_vocab().get("<|im_end|>"))
+    return {int(i) for i in found if i is not None}
+
+
+def content_hash(model: Any, tokenizer: Any) -> str:
+    """Hash of weights, config, vocabulary and chat template."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(model.config.to_json_string().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    hasher.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    hasher.update(str(tokenizer.chat_template).encode())
+    return hasher.hexdigest()
