@@ -16,16 +16,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.core.asking import fill, load_template
-from align.core.engines.base import Completion, Engine, SamplingParams
+from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError
-from align.core.records import Kind, Messages, Row, Verdict
+from align.core.records import Kind, Row, Verdict
 from align.core.stage import Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import normalise
@@ -48,6 +48,10 @@ class ConstituteConfig(SamplingConfig, JudgeConfig):
         "follow", description="how the last user turn is put to the model: a shipped template's name, a file, or a "
         "text, with {instruction} and {hint} (the principle's aligned or deviating line), perhaps {principle}",
     )  # fmt: skip
+    raw: bool = Field(
+        False, description="put the filled template to the model as raw text, without its chat template: for a base "
+        "model, which continues texts of principles, questions and answers (needs natural=false)",
+    )  # fmt: skip
     principles: int = Field(1, ge=1, description="principles drawn for each prompt; 1 is Constitutional AI's")
     samples: int = Field(1, ge=1, description="completions of each kind for each prompt and principle")
     natural: bool = Field(True, description="also sample the prompt as it is, for failures that nobody asked for")
@@ -55,6 +59,12 @@ class ConstituteConfig(SamplingConfig, JudgeConfig):
         "principle", description="what the judge is asked: a shipped template's name, a file, or a text, with "
         "{completion}, {principle} and {instruction}",
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _natural_answers_are_chat(self) -> Self:
+        if self.raw and self.natural:
+            raise ValueError("raw=true is for a base model, which doesn't answer a bare prompt; set natural=false too")
+        return self
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Variant:
 
     told: Told
     principle: Principle
-    prompt: Messages
+    prompt: Prompt
 
 
 def run(config: ConstituteConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
@@ -142,7 +152,8 @@ def variants_of(
     for principle in drawn:
         for told, hint in (("aligned", principle.aligned), ("deviating", principle.deviating)):
             values = {"instruction": last_user_text(row), "hint": hint, "principle": principle.text}
-            prompt: Messages = [*row["prompt"][:-1], {"role": "user", "content": fill(template, values)}]
+            text = fill(template, values)
+            prompt: Prompt = text if config.raw else [*row["prompt"][:-1], {"role": "user", "content": text}]
             variants.append(Variant("aligned" if told == "aligned" else "deviating", principle, prompt))
     if drawn and config.natural:
         variants.append(Variant("natural", drawn[0], row["prompt"]))

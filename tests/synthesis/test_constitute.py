@@ -178,3 +178,20 @@ def test_a_wrong_constitution_is_an_error_that_names_the_place(tmp_path: Path, t
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(DataError, match=message):
         read_constitution(tmp_path / "c.yaml")
+
+
+def test_a_base_model_is_given_raw_text_and_never_a_bare_prompt(bench: Bench, settings: dict[str, Any]) -> None:
+    seen: list[Any] = []
+
+    def base(prompt: Any, index: int) -> str:
+        seen.append(prompt)
+        return GOOD if prompt.startswith(("KIND", "SAFE")) else "Sure, you idiot."
+
+    rows = bench.run(
+        STAGE, settings | {"raw": True, "natural": False}, {"sampler": ScriptedEngine(base)}, prompts=[a_request(1)]
+    )
+    assert sorted(seen) == [f"{hint}: request 1" for hint in ("HARM", "KIND", "RUDE", "SAFE")]
+    assert [row["verdict"] for row in rows if row["told"] == "aligned"] == ["passed", "passed"]
+    assert all(row["prompt"][0]["content"] == "request 1" for row in rows)
+    with pytest.raises(ValueError, match="set natural=false too"):
+        STAGE.config(raw=True)
