@@ -90,7 +90,7 @@ class Sandbox:
         workers: int | None = None,
         *,
         accept: Accept = "isolated",
-        cpu_s: float = 5.0,
+        cpu_s: float = 8.0,
         wall_s: float | None = None,
         memory_mb: int = 512,
     ) -> None:

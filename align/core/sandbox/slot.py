@@ -50,8 +50,8 @@ class Limits:
         memory_mb: address space beyond the interpreter's own, MiB.
     """
 
-    cpu_s: float = 5.0
-    wall_s: float = 30.0
+    cpu_s: float = 8.0
+    wall_s: float = 48.0
     memory_mb: int = 512
 
 

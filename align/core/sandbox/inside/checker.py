@@ -156,7 +156,7 @@ def _namespace(solution: Solution, job: dict[str, Any]) -> dict[str, Any]:
         _run_trusted(source, namespace, job["entry_point"])
     for name in dotted & MODULES - namespace.keys():
         namespace[name] = importlib.import_module(name)
-    under_test = _builtins_under_test(trees) | {job["entry_point"]}
+    under_test = {job["entry_point"]} if job["entry_point"] else _builtins_under_test(trees)
     helpers = used - namespace.keys() | under_test & used
     for name, (module, attribute) in _imported_from(job["code"]).items():
         if name in helpers and name not in under_test and module in _SAFE_FROM:
@@ -202,13 +202,17 @@ def _run_trusted(source: str, namespace: dict[str, Any], entry_point: str | None
 
 
 def _builtins_under_test(trees: list[ast.Module]) -> set[str]:
-    """Built-in functions that are what is tested, as in `assert sum(10, 15) == 6`: the tests call no others."""
-    called = {
-        n.func.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    if any(not hasattr(builtins, name) for name in called):
+    """Built-in functions that are what is tested, as in `assert sum(10, 15) == 6`: the tests call no others, and no
+    other call is among their arguments (so not the `abs` of `abs(sum(1, 2) - 3)`)."""
+    calls = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    if any(not (isinstance(c.func, ast.Name) and hasattr(builtins, c.func.id)) for c in calls):
         return set()
-    return {name for name in called if not isinstance(getattr(builtins, name), type)}
+    inner = {c.func.id for c in calls if isinstance(c.func, ast.Name) and not any(_holds_call(a) for a in c.args)}
+    return {name for name in inner if not isinstance(getattr(builtins, name), type)}
+
+
+def _holds_call(node: ast.expr) -> bool:
+    return any(isinstance(n, ast.Call) for n in ast.walk(node))
 
 
 def _imported_from(code: str) -> dict[str, tuple[str, str]]:

@@ -164,7 +164,9 @@ class Reader:
 
     Args:
         unhook: what stands for a tag that is not plain data; None refuses such tags.
-        max_hashed: how many set members and dictionary keys the receiver is ready to hash, None for any number.
+        max_hashed: how many set members and dictionary keys the receiver is ready to hash, None for any number. With
+            a limit it also refuses arithmetic on integers of more than 64 bits (a fraction is reduced, a range's
+            length divided).
     """
 
     def __init__(self, unhook: Unhook | None = None, max_hashed: int | None = None) -> None:
@@ -198,6 +200,8 @@ class Reader:
             self.hashed += len(body)
             if self.max_hashed is not None and self.hashed > self.max_hashed:
                 raise TooHeavy
+        if tag in ("r", "F") and self.max_hashed is not None and not all(isinstance(n, int) for n in _list(body)):
+            raise TooHeavy("large integers")
         if tag in ("t", "s", "z", "d", "q", "o", "n", "r", "F"):
             items = [self.value(n, depth + 1) for n in _list(body)]
             if tag == "t":

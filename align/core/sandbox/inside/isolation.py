@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from align.core.sandbox.inside import Refused, landlock, seccomp
@@ -70,6 +71,8 @@ def enter(level: int) -> None:
         raise Refused("another user's id (this process is not root)", errno.EPERM)
     if level == 4:
         _enter_namespaces(libc)
+        seccomp.program(platform.machine(), 1, writes=True)  # each child is process 1 of its own: made once, for all
+    _library_folders()
 
 
 def _enter_namespaces(libc: ctypes.PyDLL) -> None:
@@ -161,6 +164,7 @@ def _build_root(libc: ctypes.PyDLL) -> None:
     )
 
 
+@lru_cache(maxsize=1)
 def _library_folders() -> list[str]:
     """The folders of the interpreter's own library, and those that hold the system's shared libraries."""
     own = [p for p in sys.path if Path(p).is_dir()]
@@ -260,12 +264,16 @@ def _limit(what: int, wanted: int) -> None:
             raise Refused(f"setrlimit({what})", getattr(error, "errno", None) or errno.EINVAL) from None
 
 
-def _drop_capabilities(libc: ctypes.PyDLL) -> None:
-    class Header(ctypes.Structure):
-        _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
-    header = Header(0x20080522, 0)
-    nothing = (ctypes.c_uint32 * 6)()
+
+_Capabilities = ctypes.c_uint32 * 6
+
+
+def _drop_capabilities(libc: ctypes.PyDLL) -> None:
+    header = _Header(0x20080522, 0)
+    nothing = _Capabilities()
     _try("drop all capabilities", libc.capset(ctypes.byref(header), nothing))
 
 

@@ -15,6 +15,7 @@ import errno
 import os
 import platform
 import struct
+from functools import lru_cache
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 X32_BIT = 0x40000000
@@ -81,6 +82,7 @@ def _instruction(code: int, k: int, jt: int = 0, jf: int = 0) -> bytes:
     return struct.pack("<HBBI", code, jt, jf, k)
 
 
+@lru_cache(maxsize=1)
 def program(machine: str, pid: int, *, writes: bool) -> bytes:
     """The filter for one process.
 
@@ -140,6 +142,10 @@ def program(machine: str, pid: int, *, writes: bool) -> bytes:
     return b"".join(out)
 
 
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
 def install(libc: ctypes.PyDLL, filter_: bytes) -> None:
     """Put the calling process, which must have no_new_privs, under a filter for good.
 
@@ -148,10 +154,7 @@ def install(libc: ctypes.PyDLL, filter_: bytes) -> None:
     """
     buffer = ctypes.create_string_buffer(filter_, len(filter_))
 
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-    described = Program(len(filter_) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    described = _Program(len(filter_) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     pr_set_seccomp, mode_filter = 22, 2
     if libc.prctl(pr_set_seccomp, mode_filter, ctypes.byref(described), 0, 0) != 0:
         code = ctypes.get_errno()
