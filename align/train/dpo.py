@@ -71,7 +71,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         rows=len(pairs),
     )
     dpo.starts_at_reference = reference.fingerprint == policy.fingerprint
-    with_reference = reference_columns(dpo, pairs, None if dpo.starts_at_reference else reference, speed, tools)
+    elsewhere = None if dpo.starts_at_reference else reference
+    with_reference = reference_columns(dpo, pairs, elsewhere, speed, tools, lora=config.lora_rank > 0)
     dpo.train_dataset = with_reference.remove_columns("length").select(order)
     dpo.train_or_resume()
     end_id = pairs[0]["chosen_ids"][-1]
@@ -120,7 +121,7 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
         yield from [f"split_{split}"] * count
 
 
-def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools) -> Any:
+def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools, lora: bool) -> Any:
     """The pairs with the reference's log-probabilities, which a killed run finds again.
 
     The work folder belongs to these pairs, settings and models; what else changes the figures is in the file's name.
@@ -131,7 +132,10 @@ def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: S
 
     kept = tools.work / f"reference-{speed.device.partition(':')[0]}-{speed.precision}.npy"
     if not kept.exists():
-        logps = dpo.reference_logps(pairs, load_policy(reference, speed, frozen=True) if reference else None)
+        frozen = None
+        if reference is not None:  # loaded as the policy was, and freed before training
+            frozen = dpo.score_like_the_policy(load_policy(reference, speed, frozen=lora))
+        logps = dpo.reference_logps(pairs, frozen)
         if dpo.accelerator.is_main_process:
             part = Path(f"{kept}.part.npy")
             np.save(part, logps)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from accelerate.utils import gather_object
-from torch import Tensor, cat
+from torch import Tensor, cat, no_grad
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -60,21 +60,40 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         Computed by the function, the collator and the head that training uses. Processes share the work.
 
         Args:
-            pairs: read once, longest first, so that a lack of memory shows at once.
-            reference: the frozen model; where not given, the policy as it is now (without its LoRA adapters).
+            pairs: their ids.
+            reference: the frozen model, made ready by `score_like_the_policy`; where not given, the policy as it is
+                now, without its LoRA adapters.
         """
-        if reference is not None:
-            add_fused_lm_head(reference)
-            if self.args.use_cpu:
-                score_labelled_only(reference)
+        return self._logps(pairs, lambda inputs: self.compute_ref_log_probs(reference or self.model, inputs))
+
+    def policy_logps(self, pairs: Sequence[PairIds]) -> npt.NDArray[np.float32]:
+        """The same under the policy as it is now, (N, 2), nats."""
+
+        def score(inputs: dict[str, Tensor]) -> Any:
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            with no_grad(), self.accelerator.autocast():
+                out = self.model(**given, labels=labels, fused_lm_head=True)
+            return out.log_probs.sum(1).chunk(2)
+
+        return self._logps(pairs, score)
+
+    def score_like_the_policy(self, reference: Any) -> Any:
+        """Puts the trainer's head on a reference model."""
+        add_fused_lm_head(reference)
+        if self.args.use_cpu:
+            score_labelled_only(reference)
+        return reference.eval().requires_grad_(False)
+
+    def _logps(self, pairs: Sequence[PairIds], score: Callable[[Any], Any]) -> npt.NDArray[np.float32]:
         lengths = [sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
-        longest_first = np.argsort(lengths, kind="stable")[::-1]
+        longest_first = np.argsort(lengths, kind="stable")[::-1]  # a lack of memory shows at once
         size = self.args.per_device_train_batch_size
         batches = [longest_first[i : i + size] for i in range(0, len(lengths), size)]
         mine: list[tuple[list[int], Any]] = []
         for batch in batches[self.args.process_index :: self.args.world_size]:
-            inputs = self._prepare_inputs(self.data_collator([pairs[int(i)] for i in batch]))
-            logps = self.compute_ref_log_probs(reference or self.model, inputs)  # chosen (B,), rejected (B,)
+            rows = [{name: pairs[int(i)][name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for i in batch]
+            logps = score(self._prepare_inputs(self.data_collator(rows)))  # chosen (B,), rejected (B,)
             mine.append((batch.tolist(), np.stack([side.float().cpu().numpy() for side in logps], axis=1)))
         found = np.empty((len(lengths), 2), np.float32)
         for numbers, values in gather_object(mine):
@@ -95,7 +114,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
 
         loss = super()._compute_loss(scored, inputs, return_outputs)
         log_probs, mask = seen[0].log_probs, seen[0].label_mask  # (2B, T-1), chosen first
-        if self.starts_at_reference and self.state.global_step == 0:
+        if self.starts_at_reference and self.step == 0:
             self._check_margins(log_probs.detach().sum(1), mask.sum(1), inputs)
         if self.nll_weight:
             chosen, tokens = log_probs.chunk(2)[0].sum(1), mask.chunk(2)[0].sum(1)

@@ -95,11 +95,12 @@ class OurTrainer:
     train: Any
 
     def __init__(self, settings: TrainSettings, tools: Tools, rows: int, **trl: Any) -> None:
-        self.settings = settings
+        self.settings, self.tools = settings, tools
         super().__init__(**trl)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)  # the step's own progress speaks
-        self.curves = Curves(tools, rows, settings.global_batch_size)
+        self.rows = rows
+        self.curves = Curves(tools, self)
         self.add_callback(self.curves)
         self.add_callback(Marks())
         if self.args.use_cpu:
@@ -111,9 +112,18 @@ class OurTrainer:
 
     def summary(self) -> dict[str, Any]:
         """Figures of the run: mean loss of the last tenth of the steps, and by what it is normalised."""
-        losses = [line["loss"] for line in self.curves.lines]
+        losses = [line["loss"] for line in self.curves.lines if "loss" in line]
         last = losses[-max(1, len(losses) // 10) :]
-        return {"steps": self.state.global_step, "loss": sum(last) / len(last) if last else None}
+        return {"steps": self.step, "loss": sum(last) / len(last) if last else None}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are behind."""
+        return int(self.state.global_step)
+
+    def place(self) -> dict[str, float]:
+        """Where the training is, for the curves."""
+        return {"step": self.step, "epoch": round(self.step * self.settings.global_batch_size / self.rows, 4)}
 
     def progress(self, step: float, steps: int) -> float:
         """How much of the training is behind at a step (in its middle, so that a warm-up's first step moves)."""
@@ -150,38 +160,41 @@ class Curves(TrainerCallback):  # type: ignore[misc]
     After a kill, lines beyond the checkpoint are taken back.
     """
 
-    def __init__(self, tools: Tools, rows: int, global_batch_size: int) -> None:
-        self.tools, self.path = tools, tools.out / "metrics.jsonl"
-        self.epochs_a_step = global_batch_size / rows
+    def __init__(self, tools: Tools, trainer: OurTrainer) -> None:
+        self.tools, self.trainer = tools, trainer
+        self.path = tools.out / "metrics.jsonl"
         self.lines: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes up the lines that are there already."""
         if not state.is_world_process_zero:
             return
-        before = self.path.read_text().splitlines() if self.path.exists() and state.global_step else []
+        behind = self.trainer.step
+        before = self.path.read_text().splitlines() if self.path.exists() and behind else []
         kept = [json.loads(line) for line in before if line.endswith("}")]
-        self.lines = [line for line in kept if line["step"] <= state.global_step]
+        self.lines = [line for line in kept if line["step"] <= behind]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.tools.progress.start(state.max_steps, "steps")
-        self.tools.progress.advance(state.global_step)
+        self.tools.progress.advance(behind)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line."""
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        line = {"step": state.global_step, "epoch": round(state.global_step * self.epochs_a_step, 4)}
-        line |= {k: float(v) for k, v in logs.items() if k != "epoch"}
-        if not math.isfinite(line["loss"]):
+        if not math.isfinite(logs["loss"]):
             raise RunError(
-                f"the loss is {line['loss']} at step {state.global_step}; the training has blown up; "
+                f"the loss is {logs['loss']} at step {self.trainer.step}; the training has blown up; "
                 "lower learning_rate, or set max_grad_norm"
             )
+        self.write(self.trainer.place() | {name: float(value) for name, value in logs.items() if name != "epoch"})
+        self.tools.progress.advance(loss=round(logs["loss"], 4))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line."""
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self.tools.progress.advance(loss=round(line["loss"], 4))
 
 
 class Marks(TrainerCallback):  # type: ignore[misc]
