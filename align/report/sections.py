@@ -1,0 +1,217 @@
+"""What the page says of the whole run: the ladder of scores, what selection did, may the reward model be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.core.errors import DataError
+from align.evaluate.scores import compare
+from align.report.charts import bars, ladder_chart
+from align.report.html import Child, Html, el, join, table
+from align.report.source import Run, Step
+
+MODES = {"greedy": "Greedy", "sampled": "Sampled"}
+
+
+def ladder(run: Run) -> Html | None:
+    """Scores of every evaluation in order, each compared with the one before it; controls apart."""
+    rungs = [step for step in run.evaluations if not step.is_control]
+    controls = [step for step in run.evaluations if step.is_control]
+    if not rungs and not controls:
+        return None
+    parts: list[Child] = [
+        el("h2", "The ladder"),
+        el(
+            "p",
+            "The share of held-out instructions answered rightly, as a program judges, in percent with its 95% "
+            "interval (Wilson). ",
+            el("span", "●", class_="key greedy"), " greedy, ",
+            el("span", "●", class_="key sampled"), " sampled at temperature 1.",
+            class_="lead",
+        ),
+    ]  # fmt: skip
+    if rungs:
+        parts += [_chart(rungs), *_tables(rungs, [*rungs])]
+    if controls:
+        parts += [
+            el("h3", "Controls"),
+            el("p", "What a claim must be held against: the same effort without the stage's idea.", class_="lead"),
+            _chart(controls),
+            *_tables(controls, run.evaluations),
+        ]
+    return el("section", *parts, id="ladder")
+
+
+def _chart(steps: Sequence[Step]) -> Html:
+    return el("div", ladder_chart([(_label(step), step.scores) for step in steps]), class_="wide")
+
+
+def _label(step: Step) -> str:
+    """The model that was evaluated; the step's own name where it is not known."""
+    models = [origin.name for origin in step.manifest.engines.values()] if step.manifest else []
+    return models[0] if models else step.name
+
+
+def _tables(steps: Sequence[Step], order: Sequence[Step]) -> list[Html]:
+    """A table for each mode: whole, by family, and against the rung before; `order` says which that is."""
+    found = []
+    for mode, title in MODES.items():
+        shown = [step for step in steps if mode in step.scores]
+        if not shown:
+            continue
+        families = list(dict.fromkeys(name for step in shown for name in step.scores[mode].get("by_family", {})))
+        rows: list[list[Child]] = []
+        for step in shown:
+            scores = step.scores[mode]
+            before = _before(step, order, mode)
+            cells = [_cell(scores.get("by_family", {}).get(family)) for family in families]
+            rows.append(
+                [
+                    el("a", _label(step), href=f"#step-{step.name}"), _cell(scores["overall"], strong=True), *cells,
+                    _versus(before, step, mode), _apart(scores), str(scores["overall"]["n"]),
+                ]
+            )  # fmt: skip
+        head: list[Child] = [title, "score", *families, "against the one before", "not judged", "items"]
+        found.append(table(head, rows, "scores"))
+    return found
+
+
+def _before(step: Step, order: Sequence[Step], mode: str) -> Step | None:
+    """The last rung above a step: an evaluation that is no control."""
+    above = [other for other in order[: list(order).index(step)] if mode in other.scores and not other.is_control]
+    return above[-1] if above else None
+
+
+def _cell(score: Mapping[str, Any] | None, strong: bool = False) -> Html:
+    if score is None:
+        return el("span", "–", class_="faint")
+    number = el("b" if strong else "span", f"{score['score']:.1f}")
+    return join(number, el("small", f"{score['low']:.0f}–{score['high']:.0f}"))
+
+
+def _versus(before: Step | None, step: Step, mode: str) -> Html:
+    """McNemar's test on the shared items."""
+    tables = (before.table() if before else None, step.table())
+    if before is None or tables[0] is None or tables[1] is None:
+        return el("span", "–", class_="faint")
+    try:
+        found = compare(tables[0], tables[1]).get(mode)
+    except DataError:
+        found = None
+    if found is None:
+        return el("span", "other items", class_="faint")
+    change = found["b"] - found["a"]
+    sure = "" if found["p"] < 0.05 else " unsure"
+    p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
+    return join(
+        el("span", f"{change:+.1f}", class_=("up" if change >= 0 else "down") + sure),
+        el("small", f"{_label(before)} · z {found['z']:+.1f} · {p}"),
+    )
+
+
+def _apart(scores: Mapping[str, Any]) -> Html:
+    """Completions that counted as failed without a verdict on their content."""
+    parts = [f"{scores[name]} {what}" for name, what in _APART.items() if scores.get(name)]
+    return el("small", ", ".join(parts)) if parts else el("span", "–", class_="faint")
+
+
+_APART = {"truncated": "cut off", "timeouts": "timed out", "errors": "errors"}
+
+
+def selection(run: Run) -> Html | None:
+    """Tags of the pool and of what was chosen from it."""
+    parts: list[Child] = []
+    for step in run.steps:
+        found = step.manifest.summary if step.manifest else {}
+        if step.stage != "select" or not found.get("tags_before"):
+            continue
+        pool, chosen = max(1, found.get("pool", 1)), max(1, found.get("selected", 1))
+        figures: list[list[Child]] = [
+            [what, _number(found.get(f"{key}_before")), _number(found.get(f"{key}_after"))]
+            for key, what in _TAG_FIGURES.items()
+            if f"{key}_before" in found
+        ]
+        parts += [
+            el("h3", el("a", step.name, href=f"#step-{step.name}"), f": {chosen:,} of {pool:,}"),
+            table(["", "pool", "chosen"], figures),
+            el(
+                "div",
+                bars(
+                    {tag: count / pool for tag, count in found["tags_before"].items()},
+                    {tag: count / chosen for tag, count in found.get("tags_after", {}).items()},
+                ),
+                class_="wide",
+            ),
+        ]
+    if not parts:
+        return None
+    lead = el(
+        "p", "Percent of instructions that have a tag, in the pool ", el("span", "■", class_="key before"),
+        " and among the chosen ", el("span", "■", class_="key after"), ".", class_="lead",
+    )  # fmt: skip
+    return el("section", el("h2", "Tags before and after selection"), lead, *parts, id="selection")
+
+
+_TAG_FIGURES = {
+    "complexity": "tags an instruction",
+    "richness": "semantic richness",
+    "coverage": "share of all tags",
+}
+
+
+def reward_models(run: Run) -> Html | None:
+    """Best-of-n against sampled and oracle, and the gate of each family."""
+    parts: list[Child] = []
+    for step in run.steps:
+        found = step.manifest.summary if step.manifest else {}
+        if step.stage != "reward" or "by_family" not in found:
+            continue
+        rows = [_judged(name, figures) for name, figures in {**found["by_family"], "all": found["overall"]}.items()]
+        head: list[Child] = [
+            "family", "prompts", "sampled", "best of n", "oracle", "pairs right", "length corr.",
+    "best above", "worst below", "accepted", "best-worst right",
+        ]  # fmt: skip
+        closed = [
+            el("li", el("b", name), f": {figures['gate']['closed']}")
+            for name, figures in found["by_family"].items()
+            if figures.get("gate") and figures["gate"].get("closed")
+        ]
+        parts += [el("h3", el("a", step.name, href=f"#step-{step.name}")), table(head, rows)]
+        if closed:
+            parts += [el("p", "Not believed, whatever it says:", class_="note"), el("ul", *closed, class_="note")]
+    if not parts:
+        return None
+    lead = el(
+        "p",
+        "On held-out prompts: how often the completion that the reward model likes best is right, against the average "
+        "sample and the best there is, in percent. A pair is accepted only above and below the family's thresholds.",
+        class_="lead",
+    )
+    return el("section", el("h2", "May the reward model be believed?"), lead, *parts, id="reward")
+
+
+def _judged(name: str, figures: Mapping[str, Any]) -> list[Child]:
+    gate = figures.get("gate") or {}
+    better = figures["best_of_n"] >= figures["sampled"]
+    return [
+        el("b", name) if name == "all" else name,
+        figures["groups"],
+        _percent(figures["sampled"]),
+        el("b", _percent(figures["best_of_n"]), class_="up" if better else "down"),
+        _percent(figures["oracle"]),
+        _percent(figures["pair_accuracy"]),
+        _number(figures["length_correlation"]),
+        el("span", "closed", class_="down") if gate.get("closed") else _number(gate.get("best_above")),
+        "" if gate.get("closed") else _number(gate.get("worst_below")),
+        _percent(figures["accepted"]),
+        join(_percent(figures["right_pairs"]), " → ", _percent(figures["right_pairs_gated"])),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
