@@ -102,8 +102,7 @@ def run(
 
         print_steps(manifests, console)
         print_ladder(manifests, console)
-        if page := _write_report(checked.out):
-            print(f"report: {page}")
+        print(f"report: {_write_report(checked.out)}")
 
 
 @app.command()
@@ -128,11 +127,13 @@ def status(folder: RunFolder) -> None:
 
 
 @app.command()
-def report(folder: RunFolder) -> None:
-    """Write the report page of a run."""
+def report(
+    folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="the page's file; report.html in the run's folder")] = None,
+) -> None:
+    """Write the report page of a run, finished or not."""
     with _told():
-        page = _write_report(folder)
-        print(f"report: {page}")
+        print(f"report: {_write_report(folder, out)}")
 
 
 @app.command()
@@ -147,11 +148,20 @@ def trace(folder: RunFolder, row_id: Annotated[str, typer.Argument(metavar="ROW_
 
 @app.command("make-tiny")
 def make_tiny(arguments: Arguments = None) -> None:
-    """Make the embedded world's tokenizer and base model again, from nothing."""
+    """Make the embedded world's tokenizer and base model again, from nothing: out=FOLDER, steps=…, seed=…."""
     with _told():
-        from align.tiny.make import main as make
+        from inspect import signature
 
-        make(arguments or [])
+        from align.tiny.make import make
+        from align.yamlfile import split_argument
+
+        known = list(signature(make).parameters)
+        given = {".".join(keys): value for keys, value in map(split_argument, arguments or [])}
+        if unknown := [key for key in given if key not in known]:
+            raise RecipeError([f"align make-tiny: {key}: unknown key; {nearest(key, known)}" for key in unknown])
+        if "out" not in given:
+            raise RecipeError("align make-tiny: out is missing: the folder for the model, such as out=runs/tiny")
+        print(make(**given))
 
 
 @recipes_app.callback()
@@ -278,14 +288,10 @@ def _recipe_file(text: str) -> Path:
     return shipped
 
 
-def _write_report(folder: Path) -> Path | None:
-    from importlib.util import find_spec
-
-    if find_spec("align.report.page") is None:
-        return None
+def _write_report(folder: Path, out: Path | None = None) -> Path:
     from align.report.page import write_report
 
-    return write_report(folder)
+    return write_report(folder, out)
 
 
 def _command_line() -> str:
@@ -297,7 +303,7 @@ def _command_line() -> str:
 def _console() -> Any:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120
+    width = None if sys.stdout.isatty() else 140
     return Console(width=width, highlight=False)
 
 

@@ -34,16 +34,16 @@ def print_ladder(manifests: Sequence[Manifest], console: Console) -> None:
             continue
         families = list(dict.fromkeys(family for _, scores in scored for family in scores.get("by_family", {})))
         title = f"Verified score in %, {mode}, with its 95% interval"
-        table = Table("step", "model", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        table.add_column("step, its model", no_wrap=True)
         for heading in ("score", *families, "items", "time"):
             table.add_column(heading, justify="right", no_wrap=True)
         for done, scores in scored:
             models = ", ".join(origin.name for origin in done.engines.values())
             cells = [_score(scores.get("by_family", {}).get(family)) for family in families]
             overall = scores["overall"]
-            table.add_row(
-                done.step, models, f"[bold]{_score(overall)}[/bold]", *cells, str(overall["n"]), duration(done.seconds)
-            )
+            name = f"{done.step}\n[dim]{models}[/dim]"
+            table.add_row(name, f"[bold]{_score(overall)}[/bold]", *cells, str(overall["n"]), duration(done.seconds))
         console.print(table)
 
 

@@ -202,3 +202,10 @@ def test_no_environment_secret_is_printed_or_written(tmp_path: Path) -> None:
     assert "verysecret" not in done.stdout + done.stderr
     assert not any(b"verysecret" in content for content in written)
     assert json.loads((out / "run.json").read_text())["name"] == "t"
+
+
+def test_make_tiny_refuses_what_it_does_not_know() -> None:
+    done = align("make-tiny", "otu=x")
+    assert done.returncode == 2 and "otu: unknown key; did you mean 'out'?" in done.stderr
+    done = align("make-tiny")
+    assert done.returncode == 2 and "out is missing" in done.stderr
