@@ -74,6 +74,14 @@ def encode_demonstrations(
         yield from _encode(tokenizer, conversations)
 
 
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The token that ends an assistant's turn in the tokenizer's template; a sampled turn must end with it."""
+    ids, _ = encode_demonstration(
+        tokenizer, [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "x"}]
+    )
+    return ids[-1]
+
+
 def encode_pair(
     tokenizer: Any, prompt: Messages, chosen: Messages, rejected: Messages
 ) -> tuple[list[int], list[int], list[int]]:

@@ -75,10 +75,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     with_reference = reference_columns(dpo, pairs, elsewhere, speed, tools, lora=config.lora_rank > 0)
     dpo.train_dataset = with_reference.remove_columns("length").select(order)
     dpo.train_or_resume()
-    end_id = pairs[0]["chosen_ids"][-1]
-    models.save_policy(
-        dpo, tokenizer, tools.out / "model", models.source_dtype(policy), end_id, merged=config.save_merged
-    )
+    models.save_policy(dpo, tokenizer, tools.out / "model", models.source_dtype(policy), merged=config.save_merged)
 
     summary = dpo.summary() | dict(counts)
     summary |= {"base": policy.name, "reference": reference.name, "chosen_logp_change": dpo.chosen_change()}

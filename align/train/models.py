@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
+from align.core.chat import end_of_turn_id
 from align.core.errors import ModelError
 from align.core.store import ModelRef
 from align.train.settings import Speed, TrainSettings
@@ -98,20 +99,24 @@ def lora_of(settings: TrainSettings) -> Any:
     )
 
 
-def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, end_id: int, merged: bool) -> None:
+def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:
+    """Tells a model's generation settings the end-of-turn token, so that whoever samples from it stops there."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    model.generation_config.eos_token_id = [*ends, *({end_of_turn_id(tokenizer)} - set(ends))]
+
+
+def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, merged: bool) -> None:
     """Writes the trained model with its tokenizer: full weights, or the adapters where `merged` is false.
 
-    Every process calls it; the main one writes. Weights are rounded to `dtype`. The generation settings learn the
-    end-of-turn token, so that whoever samples from the folder stops there.
+    Every process calls it; the main one writes. Weights are rounded to `dtype`.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        ends = model.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         model.config.use_cache = True  # the trainer turned it off
-        model.generation_config.eos_token_id = [*ends, *({end_id} - set(ends))]
+        stop_at_end_of_turn(model, tokenizer)
         if is_peft_model(model) and merged:
             model, state = model.float().merge_and_unload(), None
         if not is_peft_model(model):

@@ -51,7 +51,6 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         rows = encoded(config, tokenizer, table)
         tokens, counts = tokens_on_disk(tools.work / "tokens.arrow", rows, "demonstration")
     first = tokens[0]
-    end_id = next(label for label in reversed(first["labels"]) if label >= 0)
     if arguments.process_index == 0:
         tools.progress.say(show(tokenizer, first["input_ids"], first["labels"]))
 
@@ -69,9 +68,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         rows=len(tokens),
     )
     sft.train_or_resume()
-    models.save_policy(
-        sft, tokenizer, tools.out / "model", models.source_dtype(base), end_id, merged=config.save_merged
-    )
+    models.save_policy(sft, tokenizer, tools.out / "model", models.source_dtype(base), merged=config.save_merged)
     return Result(
         summary=sft.summary()
         | dict(counts)

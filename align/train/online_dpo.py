@@ -1,0 +1,140 @@
+"""Online DPO: the report's second stage of preference training (arXiv:2407.10671, section 4.3).
+
+    for each episode:
+        sample n completions of each prompt from the policy as it is
+        score them: a verifier where a program can decide, the reward model for the rest
+        the best against the worst; ties, small margins, equal texts and truncated winners are dropped
+        reference log-probabilities once, then DPO steps on the pairs
+        answer held-out prompts; where a guard objects, undo the episode
+
+The reference is fixed for all episodes (OAIF, arXiv:2402.04792). n = 8 is Qwen2.5's (arXiv:2412.15115), temperature 1
+RLHFlow's (arXiv:2405.07863), best against worst the report's; beta 0.1 and learning rate 5e-7 are ours.
+Differs from the paper: verifiers beside the reward model, guards, an NLL term; the optimizer is AdamW, not yet the
+Online Merging Optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from align.core.errors import ModelError, RunError
+from align.core.records import Kind
+from align.core.stage import Need, Result, Stage, Tools
+from align.core.store import ModelRef, Table
+from align.train.online_settings import Config
+from align.train.settings import Speed
+
+
+def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
+    """Trains a policy on its own completions and writes it to `tools.out / "model"`."""
+    from datasets import Dataset
+
+    from align.train import models
+    from align.train.episodes import Judge, Prompts
+    from align.train.online_trainer import OnlineDPO
+    from align.train.preference import dpo_arguments
+    from align.train.trainer import set_batches
+    from reward.verifiers import Verifiers
+
+    policy, table = inputs["policy"], inputs["prompts"]
+    reference = inputs.get("reference", policy)
+    assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
+    speed = Speed.of(tools.speed)
+    tokenizer = models.load_tokenizer(policy)
+    prompts = Prompts(table, config, tools.seed)
+    reward_model = reward_model_of(config, inputs, speed)
+    lora = config.lora_rank > 0
+    # With adapters the reference is the policy without them; else it is a second model.
+    same = reference.fingerprint == policy.fingerprint
+    frozen = None if lora and same else models.load_policy(reference, speed, frozen=lora)
+
+    arguments = dpo_arguments(config, speed, tools)
+    set_batches(arguments, config.global_batch_size, config.global_batch_size, speed)
+    most_steps = config.episodes * (math.ceil(prompts.size * config.epochs / config.global_batch_size) + 1)
+    arguments.max_steps = most_steps
+    arguments.save_strategy = "no"  # borders between episodes are saved
+    # The trainer needs a dataset to count its steps by; the pairs come from the episodes.
+    nothing = Dataset.from_dict({"prompt_ids": [[0]] * (most_steps * config.global_batch_size)})
+
+    model = models.load_policy(policy, speed, frozen=lora)
+    models.stop_at_end_of_turn(model, tokenizer)
+    with Verifiers() as verifiers:
+        online = OnlineDPO(
+            config,
+            tools,
+            prompts,
+            Judge(config, verifiers, reward_model, tokenizer),
+            frozen,
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=nothing,
+            peft_config=models.lora_of(config),
+        )
+        online.starts_at_reference = same
+        online.train()
+    if not any(record["pairs"] for record in online.records):
+        outcomes = ", ".join(f"{n} {reason}" for reason, n in online.records[0]["outcomes"].items())
+        raise RunError(
+            f"no episode gave a pair (the first: {outcomes}); sample more completions of each prompt, take other "
+            "prompts, or another scorer"
+        )
+    models.save_policy(online, tokenizer, tools.out / "model", models.source_dtype(policy), merged=config.save_merged)
+    return Result(summary=summary(online) | {"base": policy.name, "reference": reference.name})
+
+
+def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed) -> Any:
+    """The reward model, where there is one.
+
+    Raises:
+        ModelError: the scorer needs one and none was given.
+    """
+    given = inputs.get("reward_model")
+    if given is None:
+        if config.scorer != "verifier":
+            raise ModelError(
+                f"online-dpo: scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
+            )
+        return None
+    from reward.model import load_reward_model
+
+    assert isinstance(given, ModelRef)
+    return load_reward_model(given, speed.device)
+
+
+def summary(online: Any) -> dict[str, Any]:
+    """Figures of the run, episode by episode."""
+    start, records = online.kept[0], online.records
+    found: dict[str, Any] = online.summary() | {
+        "pairs": sum(record["pairs"] for record in records),
+        "chosen_logp_change": online.chosen_change(),
+        "rolled_back": [record["episode"] for record in records if record["rolled_back"]],
+        "heldout_start": start.score,
+        "heldout_end": online.kept[-1].score,
+        "probe_split": online.prompts.probe_split,
+        "episodes": records,
+    }
+    if found["rolled_back"]:
+        reasons = [f"episode {r['episode']}: {'; '.join(r['rolled_back'])}" for r in records if r["rolled_back"]]
+        found["warnings"] = [f"rolled back {reason}" for reason in reasons]
+    return found
+
+
+STAGE = Stage(
+    name="online-dpo",
+    summary="sample, score, pair and train in episodes (online DPO)",
+    config=Config,
+    needs={
+        "policy": Need(Kind.MODEL, "the model to start from, as a rule the one that dpo made"),
+        "prompts": Need(Kind.PROMPTS, "what to sample from; its dev split is what the guards look at"),
+        "reward_model": Need(Kind.REWARD_MODEL, "scores what no verifier decides", optional=True),
+        "reference": Need(
+            Kind.MODEL, "the frozen model to stay near; the policy itself where not given", optional=True
+        ),
+    },
+    gives=Kind.MODEL,
+    run=run,
+    trains=True,
+)

@@ -1,0 +1,56 @@
+"""Settings of the stage `online-dpo`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from align.train.settings import DPOSettings
+
+
+class Config(DPOSettings):
+    """Names as in `dpo`; an episode samples, scores, pairs and updates."""
+
+    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate; one schedule over all episodes")
+    epochs: float = Field(1.0, gt=0, description="passes over the pairs of an episode")
+    max_length: int = Field(8192, ge=8, description="longest prompt with either completion, in tokens; longer: no pair")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    nll_weight: float = Field(
+        0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
+    )
+
+    episodes: int = Field(3, ge=1, description="rounds of sampling and updating")
+    prompts_per_episode: int = Field(4096, ge=1, description="prompts that are sampled from in an episode")
+    samples_per_prompt: int = Field(8, ge=2, description="completions of each prompt")
+    resample: int = Field(0, ge=0, description="further completions where none of the first is believed to be right")
+    temperature: float = Field(1.0, gt=0, description="of the samples")
+    top_p: float = Field(1.0, gt=0, le=1, description="of the samples; 1 is off")
+    max_tokens: int = Field(1024, ge=1, description="most new tokens; a completion cut there is never chosen")
+
+    scorer: Literal["mix", "reward_model", "verifier"] = Field(
+        "mix",
+        description="who scores: the verifier of a prompt's task where it has one and else the reward model (mix)",
+    )
+    verified_tasks: list[str] = Field(
+        ["math", "code", "constraints", "exact", "tags"],
+        description="tasks whose verifier is asked under mix; others go to the reward model",
+    )
+    min_margin: float = Field(0.0, ge=0, description="least reward of the chosen over the rejected; ties never count")
+
+    probe_prompts: int = Field(
+        200, ge=0, description="held-out prompts (dev split) on which the guards look after each episode; 0 is no guard"
+    )
+    max_score_drop: float = Field(5.0, gt=0, description="points of verified score below the best so far")
+    max_family_drop: float = Field(25.0, gt=0, description="points of one family's score below the best so far")
+    max_length_ratio: float = Field(2.0, gt=1, description="mean length of the samples against the start's")
+    max_chosen_drop: float = Field(20.0, gt=0, description="nats that the chosen lost against the reference")
+    max_kl: float = Field(100.0, gt=0, description="nats a completion from the reference")
+    max_sampler_gap: float = Field(
+        0.1,
+        gt=0,
+        description="nats a token between the sampler's log-probabilities and the trainer's; beyond, it stops",
+    )
+    after_rollback: Literal["go_on", "stop"] = Field(
+        "go_on", description="after an episode was rolled back: the next one, from the last good weights, or the end"
+    )
