@@ -11,6 +11,7 @@ Differs from the report: it gives no procedure; this is our reading of its sente
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from align.core.asking import fill, load_template
 from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError
 from align.core.records import Kind, Row, Verdict
-from align.core.stage import Need, Result, Stage, Tools
+from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import normalise
 from data_synthesis.sampling import ErrorBudget, SamplingConfig, Tally, answered, completion_row, last_user_text, wanted
@@ -37,12 +38,22 @@ TEMPLATES = Path(__file__).parent / "templates"
 Told = Literal["aligned", "deviating", "natural"]
 
 
+class Principle(StageConfig):
+    """One line of a constitution; see the shipped file for the meaning of its fields."""
+
+    id: str = Field(min_length=1, description="names the principle in the rows")
+    text: str = Field(min_length=1, description="the principle itself; a judge sees it")
+    aligned: str = Field(min_length=1, description="what the model is told so that it follows the principle")
+    deviating: str = Field(min_length=1, description="what the model is told so that it doesn't")
+    families: tuple[str, ...] = Field((), description="only for prompts of these families; all, where it is left out")
+
+
 class ConstituteConfig(SamplingConfig, JudgeConfig):
     """Settings of `constitute`."""
 
-    constitution: str = Field(
-        "default", description="YAML file: a list of principles with id, text, aligned, deviating and, if wanted, "
-        "families; default is the shipped one",
+    constitution: str | list[Principle] = Field(
+        "default", description="a list of principles with id, text, aligned, deviating and, if wanted, families; or a "
+        "YAML file of that form; default is the shipped one",
     )  # fmt: skip
     template: str = Field(
         "follow", description="how the last user turn is put to the model: a shipped template's name, a file, or a "
@@ -68,17 +79,6 @@ class ConstituteConfig(SamplingConfig, JudgeConfig):
 
 
 @dataclass(frozen=True)
-class Principle:
-    """One line of a constitution; see the shipped file for the meaning of its fields."""
-
-    id: str
-    text: str
-    aligned: str
-    deviating: str
-    families: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Variant:
     """One way in which a prompt is put to the model."""
 
@@ -91,8 +91,11 @@ def run(config: ConstituteConfig, inputs: Mapping[str, Table | ModelRef], tools:
     """Gives the completions of all variants with verdicts; `told` and `principle` say how each came about."""
     table = inputs["prompts"]
     assert isinstance(table, Table)
-    shipped = config.constitution == "default"
-    principles = read_constitution(TEMPLATES / "constitution.yaml" if shipped else Path(config.constitution))
+    if isinstance(config.constitution, str):
+        shipped = config.constitution == "default"
+        principles = read_constitution(TEMPLATES / "constitution.yaml" if shipped else Path(config.constitution))
+    else:
+        principles = config.constitution
     template = load_template(config.template, TEMPLATES, ["instruction", "hint"])
     summary: dict[str, Any] = {}
     return Result(_rows(config, principles, template, table, tools, summary), summary)
@@ -240,20 +243,18 @@ def read_constitution(path: Path) -> list[Principle]:
     if not isinstance(entries, list) or not entries:
         raise DataError(f"constitution {path}: a list of principles was expected, found {entries!r:.80}")
     principles: list[Principle] = []
-    needed = ("id", "text", "aligned", "deviating")
     for number, entry in enumerate(entries, start=1):
         where = f"constitution {path}: principle {number}"
-        if not isinstance(entry, dict):
-            raise DataError(f"{where}: a mapping with {', '.join(needed)} was expected, found {entry!r:.80}")
-        unknown = sorted(set(entry) - {*needed, "families"})
-        wrong = [key for key in needed if not isinstance(entry.get(key), str) or not entry[key].strip()]
-        families = entry.get("families", [])
-        if unknown or wrong or not isinstance(families, list) or not all(isinstance(f, str) for f in families):
-            found = f"unknown: {', '.join(unknown)}" if unknown else f"not a text: {', '.join(wrong) or 'families'}"
-            raise DataError(f"{where}: needs the texts {', '.join(needed)}, and may have a list `families`; {found}")
-        if any(principle.id == entry["id"] for principle in principles):
-            raise DataError(f"{where}: the id {entry['id']!r} is there twice")
-        principles.append(Principle(**{key: entry[key].strip() for key in needed} | {"families": tuple(families)}))
+        try:
+            principle = Principle.model_validate_json(json.dumps(entry))
+        except ValidationError as invalid:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'entry'}: {e['msg']}" for e in invalid.errors())
+            raise DataError(
+                f"{where}: needs the texts id, text, aligned and deviating, and may have a list `families`; {wrong}"
+            ) from invalid
+        if any(known.id == principle.id for known in principles):
+            raise DataError(f"{where}: the id {principle.id!r} is there twice")
+        principles.append(principle)
     return principles
 
 
