@@ -168,7 +168,7 @@ def make_tiny(arguments: Arguments = None) -> None:
 def recipes(context: typer.Context) -> None:
     """List the recipes that come with align."""
     if context.invoked_subcommand is None:
-        for path in sorted(_recipes_folder().glob("*.yaml")):
+        for path in _shipped():
             first = path.read_text(encoding="utf-8").split("\n", 1)[0]
             print(f"{path.stem:<16} {first.removeprefix('#').strip()}")
 
@@ -178,15 +178,19 @@ def copy_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     to: Annotated[Path, typer.Argument(metavar="[DEST]", help="a folder or a file; here where not given")] = Path(),
 ) -> None:
-    """Copy a shipped recipe, to change it."""
+    """Copy a shipped recipe, to change it, with the files of its own that it reads."""
     with _told():
         source = _recipe_file(name)
         to = to / source.name if to.is_dir() else to
-        if to.exists():
-            raise RunError(f"{to}: is there already; give another name")
+        text = source.read_text(encoding="utf-8")
+        others = [path for path in source.parent.iterdir() if path.name in text and path not in _shipped()]
+        copies = {to: source, **{to.parent / path.name: path for path in others if path.is_file()}}
+        if there := [str(copy) for copy in copies if copy.exists()]:
+            raise RunError(f"{', '.join(there)}: is there already; give another name or folder")
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_bytes(source.read_bytes())
-        print(to)
+        for copy, original in copies.items():
+            copy.write_bytes(original.read_bytes())
+            print(copy)
 
 
 def _version(wanted: bool) -> None:
@@ -277,12 +281,17 @@ def _recipes_folder() -> Path:
     return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
 
 
+def _shipped() -> list[Path]:
+    """The shipped recipes, without the other files that they read."""
+    return [path for path in sorted(_recipes_folder().glob("*.yaml")) if "\nsteps:" in path.read_text(encoding="utf-8")]
+
+
 def _recipe_file(text: str) -> Path:
     """A file, or the shipped recipe of that name."""
     path, shipped = Path(text).expanduser(), _recipes_folder() / f"{text}.yaml"
     if path.is_file() or not shipped.is_file():
         if not path.is_file() and path.suffix not in (".yaml", ".yml") and "/" not in text:
-            known = [each.stem for each in _recipes_folder().glob("*.yaml")]
+            known = [each.stem for each in _shipped()]
             raise RecipeError(f"{text}: no such file, and no recipe of that name is shipped; {nearest(text, known)}")
         return path
     return shipped

@@ -35,7 +35,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
             {
                 "stage": step.stage.name,
                 "version": step.stage.version,
-                "settings": step.config.model_dump(mode="json"),
+                "settings": step.config.model_dump(mode="json", exclude=set(step.stage.reads)),
                 "reads": {key: content(getattr(step.config, key)) for key in step.stage.reads},
                 "inputs": {key: _input(step, key, sources, known) for key, sources in step.inputs.items()},
                 "engines": {role: _engine(step, role, known) for role in step.engines},

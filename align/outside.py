@@ -8,7 +8,7 @@ from typing import Any
 
 from align.backends import backend
 from align.core.errors import AlignError, ModelError, RecipeError
-from align.core.fingerprint import content_fingerprint, fingerprint_of
+from align.core.fingerprint import content_fingerprint
 from align.core.readers import SUFFIXES
 from align.core.records import Kind
 from align.core.source_spec import parse_sources
@@ -92,15 +92,16 @@ def content(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [content(item) for item in value]
     if isinstance(value, Mapping):
-        key = next((key for key in ("source", "path") if key in value), None)
-        return fingerprint_of(value) if key is None else [fingerprint_of(value), content(value[key])]
-    if isinstance(value, (str, Path)) and _is_there(str(value)):
+        paths = {key: content(value[key]) for key in ("source", "path") if key in value}
+        return {**value, **paths}
+    if isinstance(value, (str, Path)) and is_there(str(value)):
         path = Path(value).expanduser()
-        return content_fingerprint(path) if path.exists() else source_fingerprint(value)
+        return [path.name, content_fingerprint(path) if path.exists() else source_fingerprint(value)]
     return str(value)
 
 
-def _is_there(text: str) -> bool:
+def is_there(text: str) -> bool:
+    """Whether a text names a file or folder; a pattern of data files counts."""
     try:
         path = Path(text).expanduser()
         return path.exists() or (path.suffix in SUFFIXES and any(sign in text for sign in "*?["))
@@ -122,6 +123,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _names_missing_file(text: str) -> bool:
     """Whether a text can only be the name of a file, and there is none; an inline template or a Hub id is no name."""
-    if any(sign in text for sign in "\n{*?[ ") or _is_there(text):
+    if any(sign in text for sign in "\n{*?[ ") or is_there(text):
         return False
     return text.startswith((".", "/", "~")) or Path(text).suffix in (*SUFFIXES, ".txt", ".yaml", ".yml", ".md")

@@ -10,6 +10,7 @@ from typing import Any
 from align.backends import Backend, backend
 from align.core.errors import RecipeError
 from align.core.stage import Stage
+from align.outside import is_there
 from align.plan import EngineSpec, Source, Step
 from align.settings import checked, found, mapping, scalar, speed_of, stage_keys, wants_model
 from align.stages import TABLE, load, nearest
@@ -27,7 +28,11 @@ class Reader:
         used: the names of the engines that a step uses.
     """
 
-    def __init__(self, steps: Mapping[str, Any], engines: Mapping[str, Any], problems: Problems) -> None:
+    def __init__(
+        self, steps: Mapping[str, Any], engines: Mapping[str, Any], problems: Problems, folder: Path | None = None
+    ) -> None:
+        """`folder` is the recipe's own: a path that isn't in the current folder is looked for there."""
+        self.folder = folder
         self.steps = steps
         self.engines = engines
         self.problems = problems
@@ -59,6 +64,9 @@ class Reader:
             what = "1 or more was expected" if processes < 1 else f"{stage.name} runs in one process only"
             self.problems.add((*at, "processes"), f"{what}, found {processes}")
         inner = {key: mapping(raw, (*at, key), self.problems) for key in ("in", "with", "engines", "speed")}
+        for key in stage.reads:
+            if key in inner["with"]:
+                inner["with"] = {**inner["with"], key: self._located(inner["with"][key])}
         speed = checked(speed_of(stage), inner["speed"], (*at, "speed"), self.problems)
         return Step(
             name,
@@ -151,14 +159,25 @@ class Reader:
             if isinstance(step, str):
                 rest = {key: option for key, option in value.items() if key != "step"}
                 return Source(step, rest or None, at) if self._is_step(step, at) else None
-            return Source(None, value, at) if self._is_outside(str(path), at, model) else None
+            return Source(None, self._located(value), at) if self._is_outside(str(path), at, model) else None
         if not isinstance(value, str) or not value:
             self.problems.add(at, f"the name of a step, a path or a Hub id was expected, found {found(value)}")
             return None
         if value in self.steps or value.startswith("step:"):
             step = value.removeprefix("step:")
             return Source(step, None, at) if self._is_step(step, at) else None
-        return Source(None, value, at) if self._is_outside(value, at, model) else None
+        return Source(None, self._located(value), at) if self._is_outside(value, at, model) else None
+
+    def _located(self, value: Any) -> Any:
+        """A path, or what holds paths, with those that lie beside the recipe written out."""
+        if isinstance(value, list):
+            return [self._located(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._located(item) if key in ("path", "source") else item for key, item in value.items()}
+        if not isinstance(value, str) or not value or self.folder is None or is_there(value):
+            return value
+        beside = str(self.folder / value)
+        return beside if is_there(beside) else value
 
     def _is_step(self, name: str, at: Key) -> bool:
         if name not in self.steps:
@@ -167,7 +186,7 @@ class Reader:
 
     def _is_outside(self, text: str, at: Key, model: bool) -> bool:
         """Whether a text can be a path or a Hub id, as far as can be told without opening it."""
-        path = Path(text).expanduser()
+        path = Path(self._located(text)).expanduser()
         if path.exists() or (text == "tiny" if model else any(sign in text for sign in "*?[")):
             return True
         if _HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix not in _FILE_ENDINGS:

@@ -9,7 +9,8 @@
       reject:  {stage: reject, in: {prompts: prompts}, engines: {sampler: policy}, with: {samples: 8}}
 
 An input is the name of a step, a path, a Hub id, a mapping with one of these under `step` or `path` and how to read it,
-or a list of such. A step's name comes first: write `./data` for a folder that is called like a step.
+or a list of such. A step's name comes first: write `./data` for a folder that is called like a step. A path is looked
+for from the current folder, then from the recipe's own.
 All problems are told at once (`RecipeError.problems`), each as `file: where: what; remedy (line N)`.
 """
 
@@ -59,7 +60,7 @@ def load_recipe(path: Path, arguments: Sequence[str] = (), out: Path | None = No
         _open_short(data, keys, data.get("steps") or ())
         yamlfile.put(data, keys, value)
     data.setdefault("name", path.stem)
-    return _check(data, problems, out)
+    return _check(data, problems, out, path.parent)
 
 
 def load_stage(verb: str, arguments: Sequence[str], file: Path | None = None) -> Recipe:
@@ -95,7 +96,7 @@ def load_stage(verb: str, arguments: Sequence[str], file: Path | None = None) ->
             problems.add(("", "", "", keys[0]), f"unknown key; {hint}")
     if not data.get("out"):
         problems.add((), f"out is missing: the folder for the result, such as out=runs/{stage.name}")
-    return _check(data, problems, None, alone=True)
+    return _check(data, problems, None, file.parent if file else None, alone=True)
 
 
 def _open_short(data: dict[str, Any], keys: tuple[str, ...], steps: Collection[str]) -> None:
@@ -108,7 +109,9 @@ def _open_short(data: dict[str, Any], keys: tuple[str, ...], steps: Collection[s
         data = data[key]
 
 
-def _check(data: Mapping[str, Any], problems: Problems, out: Path | None, alone: bool = False) -> Recipe:
+def _check(
+    data: Mapping[str, Any], problems: Problems, out: Path | None, beside: Path | None, alone: bool = False
+) -> Recipe:
     """Turns what was written into a recipe, or tells all that is wrong with it."""
     for key in data:
         if key not in _KEYS:
@@ -119,7 +122,7 @@ def _check(data: Mapping[str, Any], problems: Problems, out: Path | None, alone:
     engines, raw_steps = mapping(data, ("engines",), problems), mapping(data, ("steps",), problems)
     if not raw_steps:
         problems.add(("steps",), "missing; a recipe has at least one step")
-    reader = Reader(raw_steps, engines, problems)
+    reader = Reader(raw_steps, engines, problems, beside)
     steps = {}
     for step_name, raw in raw_steps.items():
         if not _NAME.fullmatch(step_name):

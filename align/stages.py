@@ -33,7 +33,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "sft": ("align.train.sft:STAGE", "fine-tune a model on demonstrations"),
     "reward": ("reward.train:STAGE", "trains a reward model on scored completions, and finds where it may be believed"),
     "dpo": ("align.train.dpo:STAGE", "prefer the chosen to the rejected (DPO on a fixed set of pairs)"),
-    "online-dpo": ("align.train.online_dpo:STAGE", ""),
+    "online-dpo": ("align.train.online_dpo:STAGE", "sample, score, pair and train in episodes (online DPO)"),
     "evaluate": (
         "align.evaluate.evaluate:STAGE",
         "the verified score of a model on held-out prompts, by family, with 95% intervals",

@@ -146,6 +146,7 @@ def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
     assert "quickstart " in listed
     done = align("recipes", "copy", "quickstart", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "quickstart.yaml").exists()
+    assert align("check", "quickstart.yaml", cwd=tmp_path).returncode == 0, "the files that it reads came along"
     assert align("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 2
     named = align("recipes", "copy", "quickstart", "mine/q.yaml", cwd=tmp_path)
     assert named.returncode == 0 and (tmp_path / "mine" / "q.yaml").exists()

@@ -143,7 +143,7 @@ def test_every_setting_has_a_meaning_and_is_read_somewhere(verb: str) -> None:
         assert name in read, f"{verb}: nothing reads {name}"
 
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "\nsteps:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

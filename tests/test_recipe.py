@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import RecipeError
+from align.fingerprints import fingerprints
 from align.recipe import load_recipe, load_stage
 
 GOOD = """\
@@ -164,7 +165,7 @@ steps:
 {MAKE}  tagged: {{stage: "tests.fakes:TAGGED", in: {{prompts: make}}}}
 """
     (told,) = problems(tmp_path, text)
-    assert "steps.tagged.in.prompts: 'make' gives no column 'tags'; a `tag` step adds it" in told
+    assert "steps.tagged.in.prompts: 'make' gives no column 'tags'; a `tag` or" in told
     (tmp_path / "t.yaml").write_text(
         f'steps:\n{MAKE}  tag: {{stage: "tests.fakes:TAG", in: {{prompts: make}}}}\n'
         '  tagged: {stage: "tests.fakes:TAGGED", in: {prompts: [tag]}}\n'
@@ -207,6 +208,22 @@ def test_a_file_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, p
     assert f"steps.tag.in.prompts: '{path}': there is no such file or folder" in told
     (told,) = problems(tmp_path, f'steps: {{make: {{stage: "tests.fakes:MAKE", with: {{source: {path}}}}}}}')
     assert f"steps.make.with.source: '{path}': there is no such file or folder" in told
+
+
+def test_a_file_beside_the_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "p.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "mine" / "t.yaml").write_text(
+        'steps:\n  tag: {stage: "tests.fakes:TAG", in: {prompts: p.jsonl}}\n'
+        '  make: {stage: "tests.fakes:MAKE", with: {source: p.jsonl}}\n'
+    )
+    found = []
+    for folder, name in ((tmp_path, "mine/t.yaml"), (tmp_path / "mine", "t.yaml")):
+        monkeypatch.chdir(folder)
+        recipe = load_recipe(Path(name))
+        found.append((recipe.steps["tag"].inputs["prompts"][0].spec, fingerprints(recipe)))
+    assert [spec for spec, _ in found] == ["mine/p.jsonl", "p.jsonl"]
+    assert found[0][1] == found[1][1], "where a file lies is no part of the fingerprint"
 
 
 def test_a_file_that_is_no_data_is_told_before_anything_runs(tmp_path: Path) -> None:
