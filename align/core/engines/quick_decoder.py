@@ -78,7 +78,7 @@ class QuickDecoder:
         self.w = weights
         self.device = weights.embed.device
         self.segments: list[_Segment] = []
-        self.most_segments = 8 if self.device.type == "cpu" else 2  # on a GPU a launch costs more than some padding
+        self.most_segments = 3 if self.device.type == "cpu" else 2  # on a GPU a launch costs more than some padding
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)
         self.cos = self.sin = torch.empty(0)
         self.token_bytes = 2 * weights.layers * weights.kv_heads * weights.head_dim * weights.embed.element_size()

@@ -119,9 +119,9 @@ class SlotLoop:
         self.next = next(self.jobs, None)
 
     def _batch(self) -> list[Job]:
-        """The jobs to admit now: none until an eighth of the slots is free, then as many as fit."""
+        """The jobs to admit now: none until a quarter of the slots is free, then as many as fit."""
         rows = len(self.slot_of)
-        if rows and (not self.decoder.refills or self.slots - rows < self.slots // 8):
+        if rows and (not self.decoder.refills or self.slots - rows < self.slots // 4):
             return []
         batch: list[Job] = []
         longest = 0
