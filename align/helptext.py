@@ -28,7 +28,9 @@ def print_stage_help(stage: Stage, console: Console) -> None:
     console.print(paper or stage.summary, markup=False, highlight=False)
     console.print(f"\nGives {stage.gives.value.replace('_', ' ')}{_columns(stage)}.\n")
     inputs = [(name, _kind(need), "" if need.optional else "required", need.help) for name, need in stage.needs.items()]
-    _print(console, "Inputs", [*inputs, *_engines(stage)])
+    _print(
+        console, "Inputs (an engine is a model, or {kind: …, model: …} with its settings)", [*inputs, *_engines(stage)]
+    )
     _print(console, "Settings", settings_rows(stage.config))
     run_rows = [
         ("out", "path", "required", "folder for the result: data/ or model/, manifest.json, a card"),
@@ -88,7 +90,7 @@ def _kind(need: Need) -> str:
 def _engines(stage: Stage) -> Iterator[tuple[str, str, str, str]]:
     for role, meaning in stage.engines.items():
         default = "" if role in stage.optional_engines else "required"
-        yield role, "engine: a model, or {kind, model, …}", default, meaning
+        yield role, "engine", default, meaning
 
 
 def _columns(stage: Stage) -> str:
@@ -99,7 +101,8 @@ def _columns(stage: Stage) -> str:
 def _print(console: Console, title: str, rows: Any) -> None:
     table = Table("name", "type", "default", "meaning", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.columns[0].no_wrap = True
-    table.columns[3].ratio = 1
+    table.columns[1].max_width, table.columns[2].max_width = 30, 18
+    table.columns[3].min_width = 40
     any_row = False
     for name, kind, default, meaning in rows:
         any_row = True

@@ -294,13 +294,14 @@ def test_a_run_killed_again_and_again_ends_with_the_same_result(tmp_path: Path) 
     assert len(asked) == 60 and sum(asked.values()) <= 60 + kills
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, status: int) -> None:
     file, out = write(tmp_path, delay=0.01), tmp_path / "run"
     process = start(file, out)
     wait_for(lambda: lines(tmp_path / "log") >= 10, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert "Traceback" not in errors and f"align run {file} --out {out}` goes on from here" in errors
     finish(file, out)
     assert sum(sampled(tmp_path).values()) <= 61
