@@ -171,6 +171,7 @@ class Child:
 
     zygote: Zygote
     status: int | None = None
+    over: bool = False
     cpu_s: float = 0.0
     killed: bool = False
 
@@ -185,12 +186,12 @@ class Child:
         return f"exit status {os.WEXITSTATUS(self.status)}"
 
     def out_of_cpu(self, limits: Limits) -> bool:
-        """Whether the kernel ended it for its CPU time."""
-        return self._sigkill() and self.cpu_s >= limits.cpu_s - 0.1
+        """Whether it was ended for its CPU time."""
+        return self.over or (self._sigkill() and self.cpu_s >= limits.cpu_s)
 
     def killed_by_others(self) -> bool:
         """Whether something that is neither the solution nor the sandbox ended it."""
-        return self._sigkill() and not self.killed
+        return self._sigkill() and not self.killed and not self.over
 
     def _sigkill(self) -> bool:
         status = self.status
@@ -504,7 +505,7 @@ class Slot:
         if not child.zygote.fill():
             raise Trouble("the sandbox's interpreter is gone")
         while (message := child.zygote.report()) is not None:
-            child.status, child.cpu_s = message["ended"], message["cpu_s"]
+            child.status, child.over, child.cpu_s = message["ended"], message["over"], message["cpu_s"]
 
     def _finish(self, children: list[Child]) -> None:
         """See every child dead: none outlives its execution."""

@@ -1,5 +1,7 @@
 """Plain data survives the way; what isn't plain does not pass as such."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import enum
@@ -111,7 +113,9 @@ def test_frames_are_limited_and_must_be_json() -> None:
                 channel.receive()
 
 
-@pytest.mark.parametrize(("machine", "header"), [("x86_64", "x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "asm-generic/unistd.h")])
+@pytest.mark.parametrize(
+    ("machine", "header"), [("x86_64", "x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "asm-generic/unistd.h")]
+)
 def test_system_call_numbers_are_those_of_the_kernels_headers(machine: str, header: str) -> None:
     from pathlib import Path
 

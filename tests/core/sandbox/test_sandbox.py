@@ -1,5 +1,7 @@
 """The sandbox's promises about harm: what a solution may reach, what stays behind, and how it says no."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import os
@@ -16,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import SandboxError
-from align.core.sandbox import Limits, Sandbox, Slot, Trouble, Zygote
-from align.core.sandbox.slot import Refusal
+from align.core.sandbox import Limits, Sandbox, Slot, Trouble
+from align.core.sandbox.slot import Refusal, Zygote
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -89,7 +91,9 @@ def test_no_other_process_can_be_signalled_or_traced_or_started(slot: Slot) -> N
             "import fcntl\nfcntl.fcntl(3, fcntl.F_SETOWN, 1)",
             "import os; os.pidfd_open(1)",
         ):
-            assert outcome(slot, body) in ("PermissionError", "ProcessLookupError", "OSError", "FileNotFoundError"), body
+            assert outcome(slot, body) in ("PermissionError", "ProcessLookupError", "OSError", "FileNotFoundError"), (
+                body
+            )
         assert child.poll() is None
     finally:
         child.kill()
@@ -133,8 +137,10 @@ def test_scratch_files_are_private_to_one_execution() -> None:
 
 def test_limits_hold_inside(slot: Slot) -> None:
     slot.call("def f(): pass", [("f", (), {})])
-    limits = outcome(slot, "import resource as r\nreturn [r.getrlimit(w) for w in (r.RLIMIT_CPU, r.RLIMIT_NOFILE, r.RLIMIT_CORE)]")
-    assert limits == [(2, 2), (64, 64), (0, 0)]
+    limits = outcome(
+        slot, "import resource as r\nreturn [r.getrlimit(w) for w in (r.RLIMIT_CPU, r.RLIMIT_NOFILE, r.RLIMIT_CORE)]"
+    )
+    assert limits == [(4, 4), (64, 64), (0, 0)]
     raised = outcome(slot, "import resource as r\nr.setrlimit(r.RLIMIT_CPU, (9, 9))")
     assert raised in ("ValueError", "PermissionError", "OSError")
     assert outcome(slot, "return len(bytearray(1 << 31))") == "MemoryError"
@@ -181,7 +187,7 @@ def test_a_killed_zygote_is_replaced_and_the_execution_repeated() -> None:
 
 def test_nothing_is_left_behind() -> None:
     running = set(sandbox_processes())
-    before = (Path("/proc/self/mountinfo").read_text(), set(os.listdir("/tmp")), set(os.listdir("/proc/self/fd")))
+    before = (Path("/proc/self/mountinfo").read_text(), _names("/tmp"), _names("/proc/self/fd"))
     with Sandbox(2, cpu_s=1) as sandbox:
         pids = [str(s.zygotes[n].process.pid) for s in sandbox._slots for n in s.zygotes]
         code = "import threading, time\ndef f():\n    open('/tmp/left', 'w')\n    threading.Thread(target=time.sleep, args=(99,)).start()"
@@ -191,10 +197,14 @@ def test_nothing_is_left_behind() -> None:
         time.sleep(0.05)
     assert set(sandbox_processes()) == running
     assert not any(Path("/proc", pid).exists() for pid in pids)
-    after = (Path("/proc/self/mountinfo").read_text(), set(os.listdir("/tmp")), set(os.listdir("/proc/self/fd")))
+    after = (Path("/proc/self/mountinfo").read_text(), _names("/tmp"), _names("/proc/self/fd"))
     assert after[0] == before[0]
     assert not {name for name in after[1] - before[1] if name == "left"}
     assert after[2] == before[2]
+
+
+def _names(folder: str) -> set[str]:
+    return {p.name for p in Path(folder).iterdir()}
 
 
 def sandbox_processes(parent: int | None = None) -> list[int]:
@@ -352,7 +362,9 @@ with CodeVerifier(1) as verifier:
 
 
 def test_importing_it_starts_nothing_and_needs_no_system() -> None:
-    result = run_python("import sys\nsys.platform = 'darwin'\nimport align.core.sandbox, reward.code_tests\nprint('torch' in sys.modules)")
+    result = run_python(
+        "import sys\nsys.platform = 'darwin'\nimport align.core.sandbox, reward.code_tests\nprint('torch' in sys.modules)"
+    )
     assert (result.stdout.strip(), result.stderr) == ("False", "")
 
 

@@ -3,7 +3,7 @@
 It never sees a solution, a test or a value: those pass between its children and the broker over sockets of their own.
 Protocol of the control socket, one JSON object a line: the zygote says `{"ready": …}` or `{"refused": …}` once; the
 broker sends `{"spawn": limits}` with the child's descriptors, and perhaps `{"kill": true}`; the zygote answers each
-spawn with `{"ended": status, "cpu_s": …}`.
+spawn with `{"ended": status, "over": whether it used up its CPU time, "cpu_s": …}`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from typing import Any, NoReturn
 
 from align.core.sandbox.inside import Refused, checker, isolation, runner
@@ -55,10 +56,17 @@ def main(control_fd: int, level: int) -> NoReturn:
     gc.freeze()
     _say(control, {"ready": os.getpid()})
     lines = b""
-    child = 0
+    child, cpu_limit, over = 0, 0.0, False
     while True:
         descriptors: list[int] = []
-        ready, _, _ = select.select([control, woken], [], [])
+        patience = None
+        if child:
+            patience = cpu_limit - _cpu_s(child)
+            if patience <= 0 and not over:
+                over = True
+                os.kill(child, signal.SIGKILL)
+            patience = max(patience, 0.05)
+        ready, _, _ = select.select([control, woken], [], [], patience)
         if woken in ready:
             with contextlib.suppress(BlockingIOError):
                 woken.recv(64)
@@ -74,6 +82,7 @@ def main(control_fd: int, level: int) -> NoReturn:
             request = json.loads(line)
             if "spawn" in request:
                 child = _spawn(level, request["spawn"], in_use, descriptors)
+                cpu_limit, over = request["spawn"]["cpu_s"], False
                 for descriptor in descriptors:
                     os.close(descriptor)
             elif child:
@@ -82,7 +91,16 @@ def main(control_fd: int, level: int) -> NoReturn:
             pid, status, usage = os.wait4(child, os.WNOHANG)
             if pid:
                 child = 0
-                _say(control, {"ended": status, "cpu_s": usage.ru_utime + usage.ru_stime})
+                _say(control, {"ended": status, "over": over, "cpu_s": usage.ru_utime + usage.ru_stime})
+
+
+def _cpu_s(child: int) -> float:
+    """The CPU time of a child that has not been reaped, exact where the system tells; the resource limit, which counts
+    timer ticks and so errs on a busy machine, is the backstop."""
+    try:
+        return time.clock_gettime((~child << 3) | 2)  # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
+    except OSError:
+        return 0.0
 
 
 def _practise() -> None:
