@@ -146,7 +146,7 @@ class Judge:
 
 
 def _reads_alike(one: Any, other: Any) -> bool:
-    return one.chat_template == other.chat_template and one.get_vocab() == other.get_vocab()
+    return bool(one.chat_template == other.chat_template and one.get_vocab() == other.get_vocab())
 
 
 def sample(
