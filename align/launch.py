@@ -53,11 +53,13 @@ def launch(step: Step, inputs: Mapping[str, Table | ModelRef], seed: int, work: 
         [*command, "-m", "align.launch", str(spec_file)],
         env={**os.environ, "OMP_NUM_THREADS": threads},
         preexec_fn=_end_with_parent,
+        start_new_session=True,  # Ctrl-C is ours to handle
     )
     try:
         status = process.wait()
     except BaseException:
-        process.terminate()
+        # Checkpoints are what a training goes on from; where the kernel ends the workers too, the quickest end is best.
+        (process.kill if sys.platform == "linux" else process.terminate)()
         process.wait()
         raise
     for file in sorted(told.glob("error-*.json")):

@@ -438,15 +438,17 @@ def test_a_step_trains_in_several_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_no_trainers_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_run_that_ends_early_leaves_no_trainers_behind(tmp_path: Path, sent: signal.Signals, status: int) -> None:
     file, log = tmp_path / "t.yaml", tmp_path / "steps"
     file.write_text(
         f'steps: {{train: {{stage: "tests.fakes:TRAIN", with: {{steps: 600, step_s: 0.1, log: {log}}}, processes: 2}}}}'
     )
     process = start(file, tmp_path / "run")
     wait_for(lambda: lines(log) >= 4, process)
-    process.kill()
-    process.wait()
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status and "Traceback" not in errors
     time.sleep(1)
     before = lines(log)
     time.sleep(0.5)
