@@ -1,4 +1,4 @@
-"""Each hook of TRL and transformers that align/train relies on beyond their documented interface, held to what we expect.
+"""Each hook of TRL and transformers that align/train relies on, held to what we expect of it.
 
 A failure here after an update of either library means: read the new code before trusting a training run.
 """
@@ -51,7 +51,7 @@ def test_our_methods_come_before_the_libraries() -> None:
 
 def test_what_we_call_takes_what_we_give() -> None:
     assert list(inspect.signature(trl.DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
-    assert list(inspect.signature(utils.add_fused_lm_head).parameters)[0] == "model"
+    assert next(iter(inspect.signature(utils.add_fused_lm_head).parameters)) == "model"
     assert "inputs" in inspect.signature(transformers.Trainer._prepare_inputs).parameters
     fields = {field.name for field in dataclasses.fields(utils.FusedCausalLMOutput)}
     assert {"loss", "log_probs", "entropy", "mean_logits", "is_top1", "label_mask"} <= fields
