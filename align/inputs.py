@@ -72,7 +72,7 @@ class Engines(Mapping[str, Engine]):
         name, fingerprint = str(spec.model.spec), None
         if chosen.local:
             model = _model(self._recipe, spec.model, Kind.MODEL)
-            settings = settings.model_copy(update={"model": model.path})
+            settings = settings.model_copy(update={"model": "@".join(filter(None, (model.path, model.revision)))})
             name, fingerprint = model.name, model.fingerprint
         engine = chosen.build(settings, generator=name, fingerprint=fingerprint)
         self._plain.append((spec, engine))
@@ -98,9 +98,8 @@ def open_inputs(recipe: Recipe, step: Step, cache: Path) -> dict[str, Table | Mo
             table = Table.open(*(recipe.folder(str(source.step)) for source in sources), name=label)
         else:
             spec = [_spec(recipe, source) for source in sources]
-            kind = need.kind[0] if isinstance(need.kind, tuple) else need.kind
             seed = step_seed(recipe.seed, f"{step.name}/{name}")
-            table = open_source(spec if len(spec) > 1 else spec[0], kind, cache, seed=seed, name=label)
+            table = open_source(spec if len(spec) > 1 else spec[0], need.kind, cache, seed=seed, name=label)
         if missing := [column for column in need.columns if column not in table.columns]:
             raise DataError(f"in.{name}: {label} has no column {', '.join(missing)}, which {step.stage.name} reads")
         opened[name] = table

@@ -171,7 +171,8 @@ def _write_rows(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: R
         made_by=f"align {versions().get('align-toolkit', '')}".strip(),
         settings=step.config.model_dump(mode="json"),
         inputs={name: getattr(each, "name", "") for name, each in inputs.items()},
-        licenses={name: licence for table in tables for name, licence in table.licenses.items()},
+        licenses={name: licence for table in tables for name, licence in table.licenses.items()}
+        | dict(result.summary.get("licenses", {})),
     )
     with DatasetWriter(folder, step.stage.gives, card) as writer:
         for row in result.rows:

@@ -77,10 +77,9 @@ def source_dtype(model: ModelRef) -> torch.dtype:
     if (path / "adapter_config.json").exists():
         from peft import PeftConfig
 
-        return source_dtype(
-            ModelRef(PeftConfig.from_pretrained(model.path).base_model_name_or_path, model.kind, "", "")
-        )
-    dtype = AutoConfig.from_pretrained(model.path).dtype
+        adapter = PeftConfig.from_pretrained(model.path)
+        return source_dtype(ModelRef(adapter.base_model_name_or_path, model.kind, "", "", adapter.revision))
+    dtype = AutoConfig.from_pretrained(model.path, revision=model.revision or "main").dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

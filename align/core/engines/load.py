@@ -29,26 +29,40 @@ def find_device(name: str) -> torch.device:
 
 
 def load_model(path: str, device: torch.device, dtype: str) -> Any:
-    """Loads a causal language model; a LoRA adapter is merged into its base."""
+    """Loads a causal language model; a LoRA adapter is merged into its base.
+
+    Args:
+        path: a folder, or a Hub id, with `@revision` where it is pinned.
+        device: where to.
+        dtype: auto, float32, bfloat16 or float16.
+
+    Raises:
+        ModelError: there is no such model, or it is no causal language model.
+        EngineError: there is no such precision.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if dtype not in ("auto", *_DTYPES):
         raise EngineError(f"dtype: found '{dtype}', expected auto, {', '.join(_DTYPES)}")
-    base, is_adapter = path, (Path(path) / "adapter_config.json").is_file()
+    base, revision = _pinned(path)
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
     wanted = torch.float32 if dtype == "auto" and device.type == "cpu" else _DTYPES.get(dtype, "auto")
     remedy = "give a folder made by save_pretrained, or the id of a model on the Hub"
     try:
         if is_adapter:
             from peft import PeftConfig, PeftModel
 
-            base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-        config = AutoConfig.from_pretrained(base)
+            adapter = PeftConfig.from_pretrained(path)
+            base, revision = str(adapter.base_model_name_or_path), adapter.revision
+        config = AutoConfig.from_pretrained(base, revision=revision or "main")
         made_as = getattr(config, "architectures", None) or []
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         if made_as and not any(name in causal for name in made_as):
             raise ModelError(f"{path}: it is a {made_as[0]}, expected a causal language model")
-        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=wanted, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, dtype=wanted, revision=revision or "main", output_loading_info=True
+        )
         if info["missing_keys"]:
             raise ModelError(
                 f"{path}: its checkpoint lacks {len(info['missing_keys'])} weights ({sorted(info['missing_keys'])[0]}, "
@@ -75,11 +89,18 @@ def load_tokenizer(path: str) -> Any:
             return load_tokenizer(base)
         # transformers would make one with an empty vocabulary from the config alone
         raise ModelError(f"{path}: there is no tokenizer in this folder; {remedy}")
+    name, revision = _pinned(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise ModelError(f"{path}: no tokenizer can be loaded from it: {first}; {remedy}") from problem
+
+
+def _pinned(path: str) -> tuple[str, str | None]:
+    """A folder or Hub id, and the revision of an `id@revision`."""
+    name, _, revision = (path, "", "") if Path(path).exists() else path.partition("@")
+    return name, revision or None
 
 
 def end_ids(tokenizer: Any, model: Any) -> set[int]:
