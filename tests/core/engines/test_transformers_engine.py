@@ -96,6 +96,16 @@ def test_a_sample_is_the_same_on_any_number_of_slots_and_in_any_order(shape: str
     assert len({c.token_ids for c in few.values()}) == len(few)  # and no two samples are alike
 
 
+def test_logprobs_stay_right_while_rows_of_many_ages_are_dropped_and_merged() -> None:
+    engine = TransformersEngine(tiny_model("qwen3"), TOKENIZER, slots=16)
+    prompts: list[Prompt] = [[1 + (7 * i + j) % 255 for j in range(3 + 5 * i % 17)] for i in range(40)]
+    got = _all(engine, prompts, 3, SamplingParams(max_tokens=40, seed=1, logprobs=True))
+    assert len({len(c.token_ids) for c in got.values()}) > 10  # many ends at many ages
+    for (number, _), completion in got.items():
+        fresh = engine.score([prompts[number]], [completion.token_ids])[0]  # type: ignore[list-item]
+        assert completion.logprobs == pytest.approx(fresh, abs=1e-4)
+
+
 def test_samples_change_with_the_seed() -> None:
     engine = TransformersEngine(tiny_model("qwen2"), TOKENIZER)
     one, two = (_all(engine, ["hello"], 1, SamplingParams(max_tokens=16, seed=seed))[0, 0] for seed in (0, 1))
