@@ -88,13 +88,14 @@ def run(
     with _told(_command_line()):
         from align import pipeline
         from align.recipe import load_recipe
+        from align.shipped import recipe_file
 
         if _process()[1] > 1:
             raise RunError(
                 "align run starts the processes that a step asks for (processes: N in the recipe) by itself; don't "
                 "start it under accelerate or torchrun. A stage alone may be: accelerate launch -m align.cli sft …"
             )
-        checked = load_recipe(_recipe_file(recipe), arguments or [], out)
+        checked = load_recipe(recipe_file(recipe), arguments or [], out)
         print(f"{checked.name}: {len(checked.steps)} steps, in {checked.out}", flush=True)
         manifests = pipeline.run(checked)
         console = _console()
@@ -112,8 +113,9 @@ def check(recipe: RecipeFile, arguments: Arguments = None, out: Annotated[Path |
         from align.overview import print_plan
         from align.pipeline import plan
         from align.recipe import load_recipe
+        from align.shipped import recipe_file
 
-        checked = load_recipe(_recipe_file(recipe), arguments or [], out)
+        checked = load_recipe(recipe_file(recipe), arguments or [], out)
         print_plan(checked, plan(checked), _console())
 
 
@@ -168,9 +170,10 @@ def make_tiny(arguments: Arguments = None) -> None:
 def recipes(context: typer.Context) -> None:
     """List the recipes that come with align."""
     if context.invoked_subcommand is None:
-        for path in _shipped():
-            first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-            print(f"{path.stem:<16} {first.removeprefix('#').strip()}")
+        from align.shipped import shipped
+
+        for path, about in shipped().items():
+            print(f"{path.stem:<16} {about}")
 
 
 @recipes_app.command("copy")
@@ -180,17 +183,10 @@ def copy_recipe(
 ) -> None:
     """Copy a shipped recipe, to change it, with the files of its own that it reads."""
     with _told():
-        source = _recipe_file(name)
-        to = to / source.name if to.is_dir() else to
-        text = source.read_text(encoding="utf-8")
-        others = [path for path in source.parent.iterdir() if path.name in text and path not in _shipped()]
-        copies = {to: source, **{to.parent / path.name: path for path in others if path.is_file()}}
-        if there := [str(copy) for copy in copies if copy.exists()]:
-            raise RunError(f"{', '.join(there)}: is there already; give another name or folder")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        for copy, original in copies.items():
-            copy.write_bytes(original.read_bytes())
-            print(copy)
+        from align.shipped import copy
+
+        for made in copy(name, to):
+            print(made)
 
 
 def _version(wanted: bool) -> None:
@@ -273,28 +269,6 @@ def _run_stage(verb: str, given: list[str]) -> None:
 def _process() -> tuple[int, int]:
     """This process's number and how many there are, as accelerate and torchrun tell it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _recipes_folder() -> Path:
-    """The shipped recipes: beside the modules in an installed package, at the top of a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-
-
-def _shipped() -> list[Path]:
-    """The shipped recipes, without the other files that they read."""
-    return [path for path in sorted(_recipes_folder().glob("*.yaml")) if "\nsteps:" in path.read_text(encoding="utf-8")]
-
-
-def _recipe_file(text: str) -> Path:
-    """A file, or the shipped recipe of that name."""
-    path, shipped = Path(text).expanduser(), _recipes_folder() / f"{text}.yaml"
-    if path.is_file() or not shipped.is_file():
-        if not path.is_file() and path.suffix not in (".yaml", ".yml") and "/" not in text:
-            known = [each.stem for each in _shipped()]
-            raise RecipeError(f"{text}: no such file, and no recipe of that name is shipped; {nearest(text, known)}")
-        return path
-    return shipped
 
 
 def _write_report(folder: Path, out: Path | None = None) -> Path:

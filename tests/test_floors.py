@@ -13,6 +13,7 @@ import pytest
 
 from align.recipe import load_recipe
 from align.settings import stage_keys
+from align.shipped import shipped
 from align.stages import TABLE, load
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("align.backends", "align.plan"),
     ("align.settings", "align.outside", "align.reader", "align.fit", "align.recipe"),
     ("align.fingerprints", "align.lock", "align.folders", "align.inputs", "align.launch", "align.pipeline"),
-    ("align.report", "align.overview", "align.ladder", "align.helptext"),
+    ("align.report", "align.overview", "align.ladder", "align.helptext", "align.shipped"),
     ("align.cli",),
 ]
 """From the ground up. A module may import from its own floor and from those below it."""
@@ -143,7 +144,7 @@ def test_every_setting_has_a_meaning_and_is_read_somewhere(verb: str) -> None:
         assert name in read, f"{verb}: nothing reads {name}"
 
 
-RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "\nsteps:" in path.read_text()]
+RECIPES = list(shipped())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
