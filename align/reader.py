@@ -97,9 +97,21 @@ class Reader:
             elif isinstance(value, list):
                 sources = [self._source(item, (*at, name, number), model) for number, item in enumerate(value)]
                 inputs[name] = tuple(source for source in sources if source)
+            elif model and isinstance(value, str) and value in self.engines and value not in self.steps:
+                if source := self._model_of_engine(value, (*at, name)):
+                    inputs[name] = (source,)
             elif source := self._source(value, (*at, name), model):
                 inputs[name] = (source,)
         return inputs
+
+    def _model_of_engine(self, name: str, at: Key) -> Source | None:
+        """The model that an engine of the recipe samples from, so that a recipe names its model in one place."""
+        self.used.add(name)
+        engine = self.engine(self.engines[name], ("engines", name))
+        if engine and not backend(engine.kind).local:
+            self.problems.add(at, f"the engine '{name}' asks a server; a model that this machine can read was expected")
+            return None
+        return engine.model if engine else None
 
     def _engines(self, stage: Stage, raw: Mapping[str, Any], at: Key) -> dict[str, EngineSpec]:
         for role in raw:

@@ -9,8 +9,9 @@
       reject:  {stage: reject, in: {prompts: prompts}, engines: {sampler: policy}, with: {samples: 8}}
 
 An input is the name of a step, a path, a Hub id, a mapping with one of these under `step` or `path` and how to read it,
-or a list of such. A step's name comes first: write `./data` for a folder that is called like a step. A path is looked
-for from the current folder, then from the recipe's own.
+or a list of such; where a model is wanted, also the name of an engine, for the model that it samples from. A step's
+name comes first, then an engine's: write `./data` for a folder that is called like a step. A path is looked for from
+the current folder, then from the recipe's own.
 All problems are told at once (`RecipeError.problems`), each as `file: where: what; remedy (line N)`.
 """
 
