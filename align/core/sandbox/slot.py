@@ -24,6 +24,7 @@ from align.core.sandbox.inside.codec import MAX_BYTES, Channel, CodecError, Read
 T = TypeVar("T")
 
 START_TIMEOUT_S = 60.0
+END_PATIENCE_S = 0.1
 REPORT_TIMEOUT_S = 20.0
 KEPT_OUTPUT, MAX_OUTPUT = 64 << 10, 64 << 20
 # A value up to this size is rebuilt and compared in the broker; a larger one where it can be killed.
@@ -36,7 +37,7 @@ for name, path in {packages!r}:
     module.__path__ = [path]
     sys.modules[name] = module
 from align.core.sandbox.inside.zygote import main
-main({control}, {level})
+main({control}, {level}, {role!r})
 """
 
 
@@ -79,11 +80,11 @@ class Zygote:
         Trouble: it did not start.
     """
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, role: str = "runner") -> None:
         here = Path(__file__).resolve().parent
         stubs = [("align", here.parents[1]), ("align.core", here.parent), ("align.core.sandbox", here)]
         self.control, theirs = socket.socketpair()
-        code = _BOOT.format(packages=[(n, str(p)) for n, p in stubs], control=theirs.fileno(), level=level)
+        code = _BOOT.format(packages=[(n, str(p)) for n, p in stubs], control=theirs.fileno(), level=level, role=role)
         environment = {"LANG": "C.UTF-8", "HOME": "/tmp", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
@@ -272,7 +273,7 @@ class Slot:
             with closing(channel):
                 child = self._spawn("runner", [self.null, self.null, self.null], theirs)
                 self._send(channel, job)
-                frames, timeout = self._listen(channel, [child], len(calls) + 1, ("end", "opaque", "unreadable"))
+                frames, timeout = self._listen(channel, [child], len(calls), ("end", "opaque", "unreadable"))
             last = frames[-1] if frames else {}
             try:
                 reader = Reader(max_hashed=LIGHT_HASHED)
@@ -317,7 +318,7 @@ class Slot:
         """
         solving = {"role": "serve", "code": code, "setup": setup}
         testing = {
-            "role": "check", "code": code, "setup": setup, "setup_after": setup_after, "given": given,
+            "code": code, "setup": setup, "setup_after": setup_after, "given": given,
             "tests": list(tests), "entry_point": entry_point,
         }  # fmt: skip
 
@@ -412,7 +413,7 @@ class Slot:
         """The zygote of a role, started if need be."""
         if name not in self.zygotes:
             try:
-                self.zygotes[name] = Zygote(self.level)
+                self.zygotes[name] = Zygote(self.level, name)
             except (Refusal, OSError) as error:
                 raise Trouble(f"the sandbox can't be set up any more: {error}") from None
             if self.closed:
@@ -443,15 +444,15 @@ class Slot:
         """Collect frames until the sender is done or out of time; then see that every child has ended.
 
         Returns:
-            The frames, without the first that says that the job was taken, and what ran out, if anything. A frame that
-            is malformed is `{"breach": why}`, one that is too large `{"heavy": true}`; they are the last.
+            The frames, and what ran out, if anything. A frame that is malformed is `{"breach": why}`, one that is too
+            large `{"heavy": true}`; they are the last.
 
         Raises:
             Trouble: a zygote is gone, or the child that sends could not be set up.
         """
         deadline = time.monotonic() + self.limits.wall_s
         frames: list[dict[str, Any]] = []
-        taken, timeout, open_ = False, "", True
+        timeout, open_ = "", True
         poll = select.poll()
         poll.register(channel, select.POLLIN)
         for child in children:
@@ -474,11 +475,8 @@ class Slot:
             if channel.fileno() in ready and open_:
                 open_ = channel.fill()
                 for frame in _frames(channel):
-                    if not taken:
-                        if "taken" not in frame:
-                            raise Trouble(f"an execution could not be set up: {frame.get('refused')}")
-                        taken = True
-                        continue
+                    if "refused" in frame and not frames:
+                        raise Trouble(f"an execution could not be set up: {frame['refused']}")
                     frames.append(frame if len(frames) < most else {"breach": "more answers than there were questions"})
                     if any(word in frame for word in (*final, "breach", "heavy")) or len(frames) > most:
                         open_ = False
@@ -490,9 +488,7 @@ class Slot:
                     self._note(child)
                     if child.status is not None:
                         poll.unregister(child.zygote.control)
-        self._finish(children)
-        if not taken:
-            raise Trouble("an execution ended before it took its job")
+        self._finish(children, 0 if timeout else END_PATIENCE_S)
         done = bool(frames) and any(word in frames[-1] for word in final)
         if not done and any(child.out_of_cpu(self.limits) for child in children):
             timeout = f"{self.limits.cpu_s:g} s of CPU"
@@ -507,10 +503,12 @@ class Slot:
         while (message := child.zygote.report()) is not None:
             child.status, child.over, child.cpu_s = message["ended"], message["over"], message["cpu_s"]
 
-    def _finish(self, children: list[Child]) -> None:
-        """See every child dead: none outlives its execution."""
+    def _finish(self, children: list[Child], patience_s: float) -> None:
+        """See every child dead: none outlives its execution, but the first has a moment to end by itself."""
         deadline = time.monotonic() + REPORT_TIMEOUT_S
         for child in children:
+            if child.status is None and child is children[0] and _readable(child.zygote.control, patience_s):
+                self._note(child)
             if child.status is None:
                 child.killed = True
                 child.zygote.kill()
@@ -548,3 +546,10 @@ def _frames(channel: Channel) -> Iterator[dict[str, Any]]:
         yield {"heavy": True}
     except CodecError as error:
         yield {"breach": str(error)}
+
+
+def _readable(end: socket.socket, patience_s: float) -> bool:
+    """Whether something arrives in time; by `poll`, since a trainer may hold more descriptors than `select` takes."""
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return bool(poll.poll(patience_s * 1000))

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import sys
 import traceback
-import warnings
 from typing import Any
 
 from align.core.sandbox.inside.codec import Channel, CodecError
@@ -41,12 +40,7 @@ def run(channel: Channel, line: Channel, job: dict[str, Any]) -> None:
     Frames: `{"passed": n, "opaque": what}`, `{"failed": i, "detail": …}` (of the first that fails),
     `{"broken": detail}` where the tests themselves can't run, `{"lost": detail, "test": i}`.
     """
-    warnings.simplefilter("ignore")
     sys.modules.pop("__main__", None)
-    first = line.receive()
-    if first is None or "taken" not in first:
-        channel.send({"refused": (first or {}).get("refused")})
-        return
     try:
         first = line.receive()
     except CodecError as error:
@@ -54,6 +48,9 @@ def run(channel: Channel, line: Channel, job: dict[str, Any]) -> None:
         return
     if first is None:
         channel.send({"lost": "it ended while loading", "test": 0})
+        return
+    if "refused" in first:
+        channel.send({"refused": first["refused"]})
         return
     if "loaded" not in first:
         channel.send({"failed": 0, "raised": first.get("raised"), "in": first.get("in")})

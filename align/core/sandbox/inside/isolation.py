@@ -243,7 +243,7 @@ def confine(level: int, cpu_s: float, address_space: int) -> None:
         except OSError as error:
             raise Refused("change to the user nobody", error.errno or 0) from None
     if level == 2:
-        landlock.restrict(libc, _library_folders())
+        landlock.restrict(libc, [*_library_folders(), "/dev/null", "/dev/urandom"])
     elif level == 4 and landlock.abi(libc) >= landlock.ABI:
         landlock.restrict(libc, ["/"], ["/tmp"])
     _drop_capabilities(libc)

@@ -34,8 +34,8 @@ def abi(libc: ctypes.PyDLL) -> int:
 
 
 def restrict(libc: ctypes.PyDLL, readable: Sequence[str], writable: Sequence[str] = ()) -> None:
-    """Leave the calling process the right to read the given folders and two devices, all rights to those that are
-    `writable`, and no other right to any file."""
+    """Leave the calling process the right to read the given folders and files, all rights to those that are `writable`,
+    and no other right to any file."""
 
     def attempt(step: str, result: int) -> int:
         if result < 0:
@@ -45,7 +45,7 @@ def restrict(libc: ctypes.PyDLL, readable: Sequence[str], writable: Sequence[str
     attributes = _Ruleset(_ALL_FS, _ALL_NET, _ALL_SCOPES)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     ruleset = attempt("landlock_create_ruleset", libc.syscall(_CREATE_RULESET, ctypes.byref(attributes), size, 0))
-    for path in (*readable, *writable, "/dev/null", "/dev/urandom"):
+    for path in (*readable, *writable):
         folder = os.open(path, os.O_PATH)
         rights = _ALL_FS if path in writable else _READ_FILE | (0 if path.startswith("/dev/") else _READ_DIR)
         rule = _Beneath(rights, folder)

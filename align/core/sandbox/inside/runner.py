@@ -13,7 +13,6 @@ import operator
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,8 +49,6 @@ def _namespace(name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module
     module.__dict__["__builtins__"] = builtins
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site`, which isn't loaded, would define them
-    warnings.simplefilter("ignore")
     return module.__dict__
 
 
@@ -60,7 +57,8 @@ def _load(channel: Channel, job: dict[str, Any]) -> dict[str, Any] | None:
     namespace = _namespace("solution")
     for part in ("setup", "code"):
         try:
-            exec(compile(job[part], FILE if part == "code" else "<setup>", "exec", dont_inherit=True), namespace)
+            if job[part]:
+                exec(compile(job[part], FILE if part == "code" else "<setup>", "exec", dont_inherit=True), namespace)
         except BaseException as error:
             channel.send({"raised": describe(error), "in": part})
             return None
@@ -68,11 +66,12 @@ def _load(channel: Channel, job: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def call(channel: Channel, job: dict[str, Any]) -> None:
-    """Call functions on plain arguments; one frame for each value, then an end frame. Stops at the first failure."""
+    """Call functions on plain arguments; a frame for each value, the last of which says that it is the end. Stops at
+    the first failure."""
     namespace = _load(channel, job)
     if namespace is None:
         return
-    for name, args, kwargs in job["calls"]:
+    for number, (name, args, kwargs) in enumerate(job["calls"], 1):
         function = namespace.get(name, getattr(builtins, name, None))
         if function is None:
             channel.send({"missing": name})
@@ -84,14 +83,14 @@ def call(channel: Channel, job: dict[str, Any]) -> None:
             channel.send({"raised": describe(error), "in": "call"})
             return
         try:
-            channel.send({"value": to_json(value)})
+            end = {"end": number} if number == len(job["calls"]) else {}
+            channel.send({"value": to_json(value), **end})
         except NotPlain as error:
             channel.send({"opaque": str(error)})
             return
         except CodecError as error:
             channel.send({"unreadable": str(error)})
             return
-    channel.send({"end": len(job["calls"])})
 
 
 def program(channel: Channel, job: dict[str, Any]) -> None:

@@ -117,9 +117,6 @@ def program(machine: str, pid: int, *, writes: bool) -> bytes:
             steps += [_instruction(_JEQ, value, 0, 1), allow]
         return [*steps, deny]
 
-    plain = PLAIN | (WRITING | OPEN if writes else {})
-    for numbers in plain.values():
-        rule(numbers[side], allow)
     if not writes:
         for numbers, flags in ((OPEN["open"], 1), (OPEN["openat"], 2)):
             rule(numbers[side], _instruction(_LD, _arg(flags)), _instruction(_JSET, WRITE_FLAGS, 1, 0), allow, deny)
@@ -138,8 +135,20 @@ def program(machine: str, pid: int, *, writes: bool) -> bytes:
     rule(PRCTL[side], *one_of(0, (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)))
     rule(TGKILL[side], *one_of(0, (pid,)))
     rule(KILL[side], *one_of(0, (pid,)))
-    out.append(deny)
-    return b"".join(out)
+    plain = PLAIN | (WRITING | OPEN if writes else {})
+    allowed = {numbers[side] for numbers in plain.values()}
+    edges = [n for n in range(1024) if n == 0 or (n in allowed) != (n - 1 in allowed)]
+    return b"".join(out + _search([(n, allow if n in allowed else deny) for n in edges]))
+
+
+def _search(ranges: list[tuple[int, bytes]]) -> list[bytes]:
+    """A binary search among ranges of numbers: the first of each, and what to return for it. When a filter is installed
+    the kernel runs it for every number, so that a plain list would cost each execution more."""
+    if len(ranges) == 1:
+        return [ranges[0][1]]
+    middle = len(ranges) // 2
+    below, above = _search(ranges[:middle]), _search(ranges[middle:])
+    return [_instruction(_JGE, ranges[middle][0], len(below), 0), *below, *above]
 
 
 class _Program(ctypes.Structure):

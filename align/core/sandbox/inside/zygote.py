@@ -8,6 +8,7 @@ spawn with `{"ended": status, "over": whether it used up its CPU time, "cpu_s": 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import gc
 import json
@@ -17,24 +18,40 @@ import signal
 import socket
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from align.core.sandbox.inside import Refused, checker, isolation, runner
+from align.core.sandbox.inside import Refused, isolation, runner
 from align.core.sandbox.inside.codec import Channel, Descriptor
 
-# What solutions import, loaded once before the forks. The rest of the library can be imported too, at its own cost.
+# What solutions import most, loaded once before the forks. Every page costs each fork a little, so not all there is.
 WARM = (
-    "abc", "array", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy",
-    "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "hashlib", "heapq", "io", "itertools",
-    "json", "math", "numbers", "operator", "queue", "random", "re", "statistics", "string", "struct", "sys", "textwrap",
-    "threading", "time", "types", "typing", "unicodedata", "warnings", "linecache", "traceback", "encodings.idna",
-    "encodings.latin_1", "encodings.ascii",
+    "abc", "array", "bisect", "cmath", "collections", "collections.abc", "copy", "datetime", "decimal", "fractions",
+    "functools", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "struct",
+    "sys", "threading", "time", "types", "typing", "warnings",
 )  # fmt: skip
 
 
-def main(control_fd: int, level: int) -> NoReturn:
-    """Serve until the broker closes the control socket."""
+Check = Callable[[Channel, Channel, dict[str, Any]], None]
+
+
+def main(control_fd: int, level: int, role: str) -> NoReturn:
+    """Serve until the broker closes the control socket.
+
+    Args:
+        control_fd: its descriptor.
+        level: of isolation.
+        role: "runner" or "checker", what the children will be.
+    """
     control = socket.socket(fileno=control_fd)
+    check: Check | None = None
+    if role == "checker":
+        from align.core.sandbox.inside.checker import run as check
+    for name in [n for n in sys.modules if n.split(".")[0] == "align"]:
+        del sys.modules[name]
+    warnings.simplefilter("ignore")
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # `site`, which isn't loaded, would define them
     for name in WARM:
         with contextlib.suppress(ImportError):
             __import__(name)
@@ -81,7 +98,7 @@ def main(control_fd: int, level: int) -> NoReturn:
             line, lines = lines.split(b"\n", 1)
             request = json.loads(line)
             if "spawn" in request:
-                child = _spawn(level, request["spawn"], in_use, descriptors)
+                child = _spawn(check, level, request["spawn"], in_use, descriptors)
                 cpu_limit, over = request["spawn"]["cpu_s"], False
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -126,17 +143,17 @@ def _say(control: socket.socket, message: dict[str, Any]) -> None:
         os._exit(0)
 
 
-def _spawn(level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> int:
+def _spawn(check: Check | None, level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> int:
     pid = isolation.fork(level)
     if pid:
         return pid
     try:
-        _child(level, limits, in_use, descriptors)
+        _child(check, level, limits, in_use, descriptors)
     finally:
         os._exit(1)
 
 
-def _child(level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> None:
+def _child(check: Check | None, level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -150,17 +167,14 @@ def _child(level: int, limits: dict[str, Any], in_use: int, descriptors: list[in
     channel = Channel(Descriptor(3))
     try:
         isolation.confine(level, limits["cpu_s"], in_use + limits["memory_bytes"])
+        job = channel.receive()
     except Exception as error:
         channel.send({"refused": error.args if isinstance(error, Refused) else repr(error)})
         os._exit(3)
-    for name in [n for n in sys.modules if n.split(".")[0] == "align"]:
-        del sys.modules[name]
-    job = channel.receive()
     if job is None:
         os._exit(4)
-    channel.send({"taken": True})
-    if job["role"] == "check":
-        checker.run(channel, Channel(Descriptor(4)), job)
+    if check is not None:
+        check(channel, Channel(Descriptor(4)), job)
     elif job["role"] == "serve":
         runner.serve(channel, job)
     elif job["role"] == "program":
