@@ -63,10 +63,18 @@ def load_policy(model: ModelRef, speed: Speed, frozen: bool = False) -> Any:
             loaded = adapted.merge_and_unload().requires_grad_(True)
         else:
             revision = model.revision or "main"
-            loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype, revision=revision)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model.path, dtype=dtype, revision=revision, output_loading_info=True
+            )
+            if info["missing_keys"]:
+                raise ModelError(
+                    f"{model.name}: its checkpoint has no {sorted(info['missing_keys'])[0]} (in all "
+                    f"{len(info['missing_keys'])} weights are missing), which would be random; give a whole causal "
+                    "language model"
+                )
     except (OSError, ValueError) as problem:
         raise ModelError(f"{model.name}: no causal language model at {model.path}: {problem}") from problem
-    return loaded.to(speed.device)
+    return loaded
 
 
 def source_dtype(model: ModelRef) -> torch.dtype:

@@ -43,6 +43,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(policy)
+    arguments = dpo_arguments(config, speed, tools)  # first, since it says which GPU is this process's
     prompts = Prompts(table, config, tools.seed)
     reward_model = reward_model_of(config, inputs, speed)
     lora = config.lora_rank > 0
@@ -50,7 +51,6 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     same = reference.fingerprint == policy.fingerprint
     frozen = None if lora and same else models.load_policy(reference, speed, frozen=lora)
 
-    arguments = dpo_arguments(config, speed, tools)
     set_batches(arguments, config.global_batch_size, config.global_batch_size, speed)
     most_steps = config.episodes * (math.ceil(prompts.size * config.epochs / config.global_batch_size) + 1)
     arguments.max_steps = most_steps

@@ -42,6 +42,7 @@ class OnlineDPO(DPO):
     """
 
     settings: Config
+    announces = False  # each episode says how many steps it has
 
     def __init__(
         self, settings: Config, tools: Tools, prompts: Prompts, judge: Judge, reference: Any, **trl: Any
@@ -51,11 +52,6 @@ class OnlineDPO(DPO):
         self.kept: list[Probe] = []
         self.queue: list[list[Mapping[str, Any]]] | None = None  # global batches; None between two episodes
         super().__init__(settings, tools, rows=1, **trl)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise RunError(
-                "online-dpo samples from the live policy, so each process needs all its weights: start it without FSDP "
-                "and DeepSpeed (plain data parallel), and use lora_rank where memory is short"
-            )
         self.prompts, self.judge = prompts, judge
         self.reference = None if reference is None else self.score_like_the_policy(reference)
         self.engine = TransformersEngine(self.model, self.processing_class, fingerprint="live")

@@ -22,6 +22,8 @@ from align.train.trainer import OurTrainer, training_arguments
 SAME = {"fp32": 1e-4, "bf16": 0.03}
 """How far, per token in nats, two computations of the same log-probability may lie apart by rounding."""
 
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
 PairIds = Mapping[str, Sequence[int]]
 """A pair as the trainer takes it: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
 
@@ -53,6 +55,11 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         self.starts_at_reference = False
         self.nll_weight = settings.nll_weight
         super().__init__(settings, tools, rows, **trl)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RunError(
+                "dpo and online-dpo run the whole model in each process before the first step: start them without FSDP "
+                "and DeepSpeed (plain data parallel), and use lora_rank where memory is short"
+            )
 
     def reference_logps(self, pairs: Sequence[PairIds], reference: Any = None) -> npt.NDArray[np.float32]:
         """Summed log-probabilities of the chosen and the rejected under the reference model, (N, 2), nats.
@@ -79,20 +86,20 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         return self._logps(pairs, score)
 
     def score_like_the_policy(self, reference: Any) -> Any:
-        """Puts the trainer's head on a reference model."""
+        """Puts the trainer's head on a reference model, and the model where the trainer's is."""
         add_fused_lm_head(reference)
         if self.args.use_cpu:
             score_labelled_only(reference)
-        return reference.eval().requires_grad_(False)
+        return reference.to(self.args.device).eval().requires_grad_(False)
 
     def _logps(self, pairs: Sequence[PairIds], score: Callable[[Any], Any]) -> npt.NDArray[np.float32]:
-        lengths = [sum(len(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for pair in pairs]
+        lengths = [sum(len(pair[name]) for name in _IDS) for pair in pairs]
         longest_first = np.argsort(lengths, kind="stable")[::-1]  # a lack of memory shows at once
         size = self.args.per_device_train_batch_size
         batches = [longest_first[i : i + size] for i in range(0, len(lengths), size)]
         mine: list[tuple[list[int], Any]] = []
         for batch in batches[self.args.process_index :: self.args.world_size]:
-            rows = [{name: pairs[int(i)][name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for i in batch]
+            rows = [{name: ids for name, ids in pairs[int(i)].items() if name in _IDS} for i in batch]
             logps = score(self._prepare_inputs(self.data_collator(rows)))  # chosen (B,), rejected (B,)
             mine.append((batch.tolist(), np.stack([side.float().cpu().numpy() for side in logps], axis=1)))
         found = np.empty((len(lengths), 2), np.float32)

@@ -101,7 +101,12 @@ class Speed:
         device = chosen.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.startswith("cuda") and not torch.cuda.is_available():
+        if device not in ("cpu", "cuda"):
+            raise RecipeError(
+                f"device: {device}; a training stage takes auto, cpu or cuda, and of several GPUs the first that it "
+                "sees (choose another with CUDA_VISIBLE_DEVICES; use several with processes)"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
         precision = chosen.precision
         if precision == "auto":

@@ -41,7 +41,7 @@ def training_arguments(kind: type[Any], settings: TrainSettings, speed: Speed, t
 
     Making them joins the processes of a launch; only after that the number of processes is known.
     """
-    return kind(
+    arguments = kind(
         output_dir=str(tools.work / "checkpoints"),
         num_train_epochs=1,  # the data hold all epochs in order, see align/train/data.py
         learning_rate=settings.learning_rate,
@@ -66,6 +66,9 @@ def training_arguments(kind: type[Any], settings: TrainSettings, speed: Speed, t
         log_level="error",
         **more,
     )
+    if arguments.n_gpu > 1:  # one process trains on one GPU, however many it sees; several are for several processes
+        arguments._n_gpu = 1
+    return arguments
 
 
 def set_batches(arguments: Any, global_batch_size: int, rows: int, speed: Speed) -> None:
@@ -93,6 +96,7 @@ class OurTrainer:
     add_callback: Any
     remove_callback: Any
     train: Any
+    announces = True
 
     def __init__(self, settings: TrainSettings, tools: Tools, rows: int, **trl: Any) -> None:
         self.settings, self.tools = settings, tools
@@ -175,8 +179,9 @@ class Curves(TrainerCallback):  # type: ignore[misc]
         self.lines = [line for line in kept if line["step"] <= behind]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.tools.progress.start(state.max_steps, "steps")
-        self.tools.progress.advance(behind)
+        if self.trainer.announces:
+            self.tools.progress.start(state.max_steps, "steps")
+            self.tools.progress.advance(behind)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line."""

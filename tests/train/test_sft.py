@@ -139,6 +139,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         steps.run(STAGE, tmp_path / "sft", given, QUICK)
 
 
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    given = inputs(tmp_path)
+    make_model("qwen2").model.save_pretrained(tmp_path / "base")  # the body without what it ends with
+    weights = tmp_path / "base" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v for k, v in load_file(weights).items() if "layers.1" not in k}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match="which would be random"):
+        steps.run(STAGE, tmp_path / "sft", given, QUICK)
+
+
 def test_lora_trains_adapters_alone_and_writes_full_weights(tmp_path: Path) -> None:
     settings = QUICK | {"lora_rank": 2, "learning_rate": 1e-2}
     steps.run(STAGE, tmp_path / "sft", inputs(tmp_path), settings)
