@@ -17,20 +17,15 @@ HumanEval/32 calls such a helper, and without the prompt has to take the solutio
 
 from __future__ import annotations
 
-import ast
-import builtins
-import operator
 import re
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from align.core.records import Verdict
 from align.core.sandbox import Accept, Answers, Checked, Sandbox, Slot, Trouble
 from align.core.sandbox.inside.codec import CodecError
+from reward.code_asserts import Expectation, compiles, from_asserts, from_check, tested_name
 
 MAX_DETAIL = 400
 _KEYS = {
@@ -133,23 +128,6 @@ def _defines(code: str, name: str) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Expectation:
-    """One test that is decided here: call a function, compare what it gives.
-
-    Attributes:
-        source: the test, for a person.
-        name, args, kwargs: the call.
-        holds: whether the value is right.
-    """
-
-    source: str
-    name: str
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    holds: Callable[[Any], bool]
-
-
 def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
     problem = _problem(reference)
     if problem:
@@ -200,11 +178,11 @@ def _verify_functions(slot: Slot, completion: str, reference: Mapping[str, Any])
     try:
         if entry_point is None:
             tests = tuple(reference["tests"])
-            expectations = _from_asserts(tests)
-            name = _tested_name(tests)
+            expectations = from_asserts(tests)
+            name = tested_name(tests)
         else:
             tests = (reference["check"],)
-            expectations = _from_check(reference["check"], entry_point)
+            expectations = from_check(reference["check"], entry_point)
             name = entry_point
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return Verdict.error(_line(f"reference: the tests do not compile: {error}"))
@@ -212,7 +190,7 @@ def _verify_functions(slot: Slot, completion: str, reference: Mapping[str, Any])
     setup, given = reference.get("setup", ""), reference.get("prompt", "")
     if name and given:
         if _defines(code, name):
-            setup = f"{setup}\n{given}" if _compiles(given) else setup
+            setup = f"{setup}\n{given}" if compiles(given) else setup
         else:
             code = given + code
     after = reference.get("setup_after", "")
@@ -221,12 +199,12 @@ def _verify_functions(slot: Slot, completion: str, reference: Mapping[str, Any])
         if not answers.heavy:
             return _judge(answers, expectations)
     checked = slot.check(
-        code, tests, setup=setup, setup_after=after, given=given if _compiles(given) else "", entry_point=entry_point
+        code, tests, setup=setup, setup_after=after, given=given if compiles(given) else "", entry_point=entry_point
     )
     return _judge_check(checked, tests, entry_point)
 
 
-def _judge(answers: Answers, expectations: Sequence[_Expectation]) -> Verdict:
+def _judge(answers: Answers, expectations: Sequence[Expectation]) -> Verdict:
     for number, (value, expected) in enumerate(zip(answers.values, expectations, strict=False), 1):
         try:
             right = expected.holds(value)
@@ -308,126 +286,6 @@ def _verify_program(slot: Slot, code: str, cases: Sequence[Mapping[str, str]]) -
 def _normal(text: str) -> str:
     """Without white space at the ends of lines and newlines at the end."""
     return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n")).rstrip("\n")
-
-
-_OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def _from_asserts(tests: tuple[str, ...]) -> tuple[_Expectation, ...] | None:
-    """The tests as expectations; None where one of them is of another form."""
-    found: list[_Expectation] = []
-    for test in tests:
-        statements = ast.parse(textwrap.dedent(test)).body
-        for statement in statements:
-            expectation = _expectation(statement, None, None)
-            if expectation is None:
-                return None
-            found.append(expectation)
-        if len(statements) != 1:
-            return None
-    return tuple(found)
-
-
-@lru_cache(maxsize=4096)
-def _from_check(check: str, entry_point: str) -> tuple[_Expectation, ...] | None:
-    """A `check` function whose body is a list of asserts, as expectations; None for any other."""
-    found: list[_Expectation] = []
-    body: list[ast.stmt] = []
-    for statement in ast.parse(check).body:
-        if isinstance(statement, ast.FunctionDef) and statement.name == "check" and not body:
-            arguments = statement.args
-            if len(arguments.args) != 1 or arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
-                return None
-            parameter, body = arguments.args[0].arg, statement.body
-        elif not (isinstance(statement, ast.Assign) and _literal(statement.value)[0]):
-            return None
-    for statement in body:
-        if (
-            isinstance(statement, ast.Assert)
-            and isinstance(statement.test, ast.Constant)
-            and statement.test.value is True
-        ):
-            continue
-        expectation = _expectation(statement, parameter, entry_point)
-        if expectation is None:
-            return None
-        found.append(expectation)
-    return tuple(found) or None
-
-
-def _expectation(statement: ast.stmt, parameter: str | None, entry_point: str | None) -> _Expectation | None:
-    """An assert about one call with literal arguments, compared with a literal or taken for its truth."""
-    if not isinstance(statement, ast.Assert):
-        return None
-    test, negated = statement.test, False
-    while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        test, negated = test.operand, not negated
-    compare: Callable[[Any, Any], Any] = operator.eq
-    swapped, expected, by_truth = False, None, True
-    call: ast.expr = test
-    if isinstance(test, ast.Compare):
-        if len(test.ops) != 1:
-            return None
-        left, right = test.left, test.comparators[0]
-        swapped = _literal(left)[0]
-        call, other = (right, left) if swapped else (left, right)
-        plain, expected = _literal(other)
-        identity = isinstance(test.ops[0], ast.Is | ast.IsNot)
-        if not plain or (identity and expected not in (None, True, False)):
-            return None
-        compare, by_truth = _OPERATORS[type(test.ops[0])], False
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        return None
-    name = call.func.id
-    if parameter is not None:
-        if name != parameter or entry_point is None:
-            return None
-        name = entry_point
-    elif isinstance(getattr(builtins, name, None), type):
-        return None
-    args = [_literal(a) for a in call.args]
-    kwargs = {k.arg: _literal(k.value) for k in call.keywords}
-    if None in kwargs or not all(ok for ok, _ in [*args, *kwargs.values()]):
-        return None
-
-    def holds(value: Any) -> bool:
-        result = value if by_truth else compare(expected, value) if swapped else compare(value, expected)
-        return bool(result) is not negated
-
-    source = ast.unparse(ast.Assert(statement.test))
-    return _Expectation(source, name, [v for _, v in args], {str(k): v for k, (_, v) in kwargs.items()}, holds)
-
-
-def _literal(node: ast.expr) -> tuple[bool, Any]:
-    try:
-        return True, ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return False, None
-
-
-@lru_cache(maxsize=4096)
-def _tested_name(tests: tuple[str, ...]) -> str | None:
-    """The first function that the tests call and the language does not define."""
-    for test in tests:
-        for node in ast.walk(ast.parse(textwrap.dedent(test))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not hasattr(builtins, node.func.id):
-                return node.func.id
-    return None
-
-
-@lru_cache(maxsize=1024)
-def _compiles(source: str) -> bool:
-    """Whether a trusted source compiles."""
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError):
-        return False
-    return True
 
 
 def _show(value: Any) -> str:

@@ -38,7 +38,8 @@ from typing import Any, Literal, Self, TypeVar
 
 from align.core.errors import SandboxError
 from align.core.sandbox.attacks import successful_attacks
-from align.core.sandbox.slot import Answers, Checked, Limits, Output, Refusal, Slot, Trouble, Zygote
+from align.core.sandbox.slot import Answers, Checked, Output, Slot
+from align.core.sandbox.zygotes import Limits, Refusal, Trouble, Zygote
 
 __all__ = ["Answers", "Checked", "Limits", "Output", "Sandbox", "Slot", "Trouble"]
 

@@ -19,7 +19,7 @@ import pytest
 
 from align.core.errors import SandboxError
 from align.core.sandbox import Limits, Sandbox, Slot, Trouble
-from align.core.sandbox.slot import Refusal, Zygote
+from align.core.sandbox.zygotes import Refusal, Zygote
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -286,7 +286,7 @@ def test_where_namespaces_and_landlock_are_missing_it_names_what_failed_and_the_
         """
 import ctypes, os
 from align.core.sandbox import Sandbox, SandboxError
-import align.core.sandbox.slot as slot
+import align.core.sandbox.zygotes as slot
 
 class NoLandlock(slot.Zygote):
     def __init__(self, level):
@@ -369,6 +369,6 @@ def test_importing_it_starts_nothing_and_needs_no_system() -> None:
 
 
 def test_a_broken_interpreter_is_trouble_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.core.sandbox.slot._BOOT", "raise RuntimeError('no such thing')")
+    monkeypatch.setattr("align.core.sandbox.zygotes._BOOT", "raise RuntimeError('no such thing')")
     with pytest.raises(Trouble, match="no such thing"):
         Zygote(4)

@@ -1,7 +1,7 @@
 """What runs inside the sandbox, in a fresh interpreter without our packages: the standard library alone.
 
-`zygote` is started by `align.core.sandbox.slot`, isolates itself (`isolation`, `seccomp`, `landlock`), and forks once
-per execution into `runner` (a solution) or `checker` (tests). `codec` is the only language the two sides speak.
+`zygote` is started by `align.core.sandbox.zygotes`, isolates itself (`isolation`, `seccomp`, `landlock`), and forks
+once per execution into `runner` (a solution) or `checker` (tests). `codec` is the only language the two sides speak.
 """
 
 from __future__ import annotations
