@@ -31,7 +31,15 @@ def fit(steps: Mapping[str, Step], problems: Problems) -> dict[str, Step]:
 
 def _check(source: Source, gives: Kind, columns: Collection[str] | None, need: Need, problems: Problems) -> None:
     kinds = need.kind if isinstance(need.kind, tuple) else (need.kind,)
-    if gives not in kinds and not (None in kinds and gives.is_dataset):
+    renamed = source.spec.get("columns") if isinstance(source.spec, Mapping) else None
+    if (
+        renamed and columns is not None
+    ):  # rows of another kind, made fit by new names: preferences' chosen as completion
+        columns = {renamed.get(column, column) for column in columns}
+        fits = any(kind is not None and set(COLUMNS.get(kind, "?")) <= columns for kind in kinds)
+    else:
+        fits = gives in kinds
+    if not fits and not (None in kinds and gives.is_dataset):
         expected = " or ".join("rows" if kind is None else kind.name for kind in kinds)
         article = "a " if expected in ("MODEL", "REWARD_MODEL") else ""
         problems.add(source.at, f"'{source.step}' gives {gives.name}, {article}{expected} was expected")

@@ -49,6 +49,21 @@ def test_a_good_recipe_becomes_steps_in_the_order_in_which_they_run(tmp_path: Pa
     assert recipe.steps["sample"].needs_steps() == ["tag"]
 
 
+def test_a_steps_rows_fit_another_kind_when_their_columns_are_renamed_to_it(tmp_path: Path) -> None:
+    text = """\
+steps:
+  prompts: {stage: prompts, with: {source: {tiny: {families: {math: 9}}}}}
+  samples: {stage: reject, in: {prompts: prompts}, engines: {sampler: tiny}}
+  pairs: {stage: pair, in: {completions: samples}}
+  sft: {stage: sft, in: {model: tiny, demonstrations: {step: pairs, columns: {chosen: completion}}}}
+"""
+    (tmp_path / "tiny.yaml").write_text(text)
+    assert load_recipe(tmp_path / "tiny.yaml").steps["sft"].needs_steps() == ["pairs"]
+    assert problems(tmp_path, text.replace("chosen: completion", "margin: completions")) == [
+        "tiny.yaml: steps.sft.in.demonstrations: 'pairs' gives PREFERENCES, DEMONSTRATIONS was expected (line 5)"
+    ]
+
+
 def test_an_unknown_setting_is_told_with_the_nearest_name_and_its_line(tmp_path: Path) -> None:
     text = f"""\
 steps:
