@@ -246,14 +246,14 @@ class _State:
                 out.write(json.dumps(figures) + "\n")
 
     def note(self, step: int, score: float, accelerator: Any) -> None:
-        """One evaluation: keeps the weights if they are the best, and a checkpoint to go on from."""
-        better = not self.history or score > max(past["best_of_n"] for past in self.history)
-        self.stale = 0 if better or step == 0 else self.stale + 1
+        """One evaluation: keeps the weights if none were better, and a checkpoint to go on from."""
+        best = max((past["best_of_n"] for past in self.history), default=-math.inf)
+        self.stale = 0 if score > best else self.stale + 1
         self.history.append({"step": step, "best_of_n": score})
         self.log(accelerator, step=step, best_of_n=score)
         if accelerator.is_main_process:
             weights = self._trained()
-            if better:
+            if score >= best:  # of equals the one that has learned longer: its scores lie further apart
                 _save(weights, self.folder / "best.pt")
             _save(
                 {

@@ -11,7 +11,7 @@ from align.core.errors import ModelError
 Head = Literal["scalar", "logprob"]
 
 
-def load_model(path: str, head: Head, dtype: str, **config: Any) -> tuple[Any, list[str]]:
+def load_model(path: str, head: Head, dtype: str, revision: str | None = None, **config: Any) -> tuple[Any, list[str]]:
     """A language model or sequence classifier of one output, and the names of weights that its checkpoint lacks.
 
     A LoRA adapter is merged into its base.
@@ -20,6 +20,7 @@ def load_model(path: str, head: Head, dtype: str, **config: Any) -> tuple[Any, l
         path: a folder or a Hub id.
         head: scalar or logprob.
         dtype: auto, float32, bfloat16, float16.
+        revision: of a Hub id.
         config: entries of the model's config to set.
     """
     from peft import PeftConfig, PeftModel
@@ -31,11 +32,13 @@ def load_model(path: str, head: Head, dtype: str, **config: Any) -> tuple[Any, l
         base = path
         if is_adapter:
             adapter = PeftConfig.from_pretrained(path)
-            base = str(adapter.base_model_name_or_path)
+            base, revision = str(adapter.base_model_name_or_path), adapter.revision
             adapter.task_type = None  # a policy's adapter fits under a scalar head as well
             if head == "scalar":
                 config.setdefault("num_labels", 1)
-        model, info = kind.from_pretrained(base, dtype=dtype, output_loading_info=True, **config)
+        model, info = kind.from_pretrained(
+            base, dtype=dtype, revision=revision or "main", output_loading_info=True, **config
+        )
         missing = sorted(info["missing_keys"])
         if is_adapter:
             model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
@@ -49,12 +52,12 @@ def load_model(path: str, head: Head, dtype: str, **config: Any) -> tuple[Any, l
     return model, missing
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """The tokenizer in a model's folder, or of its base where an adapter's folder has none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError, KeyError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise ModelError(f"{path}: no tokenizer can be loaded from it: {first}; save one into the folder") from problem
@@ -82,7 +85,7 @@ def distinct_pad_id(tokenizer: Any) -> int:
     )
 
 
-def find_file(path: str, name: str) -> Path | None:
+def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
     """A file in a model's folder or Hub repository; None where there is none."""
     if Path(path).is_dir():
         return Path(path) / name if (Path(path) / name).is_file() else None
@@ -90,8 +93,9 @@ def find_file(path: str, name: str) -> Path | None:
 
     try:
         found = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
+            path, name, revision=revision or "main",
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
     except OSError:  # no folder and no Hub id: loading the weights will say so
         return None
     return None if found is None else Path(found)

@@ -209,12 +209,13 @@ def load_reward_model(path_or_ref: str | Path | ModelRef, device: str = "cpu", d
         ModelError: there is no such model, its head would be newly initialised, it has several outputs, or its chat
             template is not the one it was trained with.
     """
-    path = path_or_ref.path if isinstance(path_or_ref, ModelRef) else str(path_or_ref)
-    name = path_or_ref.name if isinstance(path_or_ref, ModelRef) else path
-    card_file = find_file(path, FILE)
+    ref = path_or_ref if isinstance(path_or_ref, ModelRef) else None
+    path, name = (ref.path, ref.name) if ref else (str(path_or_ref), str(path_or_ref))
+    revision = ref.revision if ref else None
+    card_file = find_file(path, FILE, revision)
     card = Card() if card_file is None else Card.read(card_file)
     wanted = dtype or ("float32" if device == "cpu" else "auto")
-    model, missing = load_model(path, card.head, wanted)
+    model, missing = load_model(path, card.head, wanted, revision)
     if missing:
         raise ModelError(
             f"{name}: it has no weights for {', '.join(missing[:3])}, which would be random, and so would its scores; "
@@ -222,7 +223,7 @@ def load_reward_model(path_or_ref: str | Path | ModelRef, device: str = "cpu", d
         )
     if card.head == "scalar" and model.config.num_labels != 1:
         raise ModelError(f"{name}: it has {model.config.num_labels} outputs, a reward model has one")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, revision)
     if card.template and card.template != template_hash(tokenizer):
         raise ModelError(f"{name}: its chat template was changed after it was trained; restore it, or train it again")
     if model.config.pad_token_id is None:

@@ -122,14 +122,19 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
     """The policy with the head that is asked for; dropout is off, and a scalar head small (std 1/√(d+1))."""
-    changes = _no_dropout(policy.path)
+    if not config.save_merged and _is_adapter(policy):
+        raise RecipeError(
+            f"save_merged: false, but {policy.name} is a LoRA adapter itself, which new adapters can't be saved on top "
+            "of; use save_merged=true"
+        )
+    changes = _no_dropout(policy)
     if config.head == "scalar":
         changes["num_labels"] = 1
-    model, missing = load_model(policy.path, config.head, "float32", **changes)
+    model, missing = load_model(policy.path, config.head, "float32", policy.revision, **changes)
     lost = [name for name in missing if not (config.head == "scalar" and name == "score.weight")]
     if lost:
         raise ModelError(f"{policy.name}: its checkpoint lacks {', '.join(lost[:3])}; give a language model's folder")
-    tokenizer = load_tokenizer(policy.path)
+    tokenizer = load_tokenizer(policy.path, policy.revision)
     model.config.pad_token_id = distinct_pad_id(tokenizer)
     if config.head == "scalar" and missing:
         weight = model.score.weight.data
@@ -156,15 +161,16 @@ def check_saved(folder: Path, probe: list[Encoded], scores: list[float], device:
         )
 
 
-def _no_dropout(path: str) -> dict[str, Any]:
+def _no_dropout(policy: ModelRef) -> dict[str, Any]:
     """Config entries that switch off every dropout of a model, whatever its architecture calls them."""
     from peft import PeftConfig
     from transformers import AutoConfig
 
-    if (Path(path) / "adapter_config.json").is_file():
-        path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    path, revision = policy.path, policy.revision
+    if _is_adapter(policy):
+        path, revision = str(PeftConfig.from_pretrained(path).base_model_name_or_path), None
     try:
-        config = AutoConfig.from_pretrained(path).to_dict()
+        config = AutoConfig.from_pretrained(path, revision=revision or "main").to_dict()
     except (OSError, ValueError) as problem:
         raise ModelError(f"{path}: no model can be loaded from it: {str(problem).splitlines()[0]}") from problem
     return {
@@ -172,6 +178,10 @@ def _no_dropout(path: str) -> dict[str, Any]:
         for name, value in config.items()
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop"))
     }
+
+
+def _is_adapter(policy: ModelRef) -> bool:
+    return (Path(policy.path) / "adapter_config.json").is_file()
 
 
 def _with_adapters(model: Any, config: Config) -> Any:

@@ -154,11 +154,12 @@ def _box(node: _Node, scores: Sequence[Html]) -> Html:
     step = node.step
     assert step is not None
     x, y = node.x - WIDTH / 2, node.top
+    below: Sequence[Child] = scores or [_amount(step)]
     state = "box " + step.state.replace(" ", "-") + (" control" if step.is_control else "")
     lines: list[Child] = [
         el("text", _short(step.name, 23), x=f"{x + 14:.1f}", y=y + 20, class_="name"),
-        el("text", _short(f"{step.stage} · {_amount(step)}", 31), x=f"{x + 14:.1f}", y=y + 37, class_="what"),
-        el("text", *scores, x=f"{x + 14:.1f}", y=y + 54, class_="score") if scores else None,
+        el("text", _short(_what(step), 31), x=f"{x + 14:.1f}", y=y + 37, class_="what"),
+        el("text", *below, x=f"{x + 14:.1f}", y=y + 54, class_="score" if scores else "what"),
     ]
     return el(
         "a",
@@ -170,12 +171,15 @@ def _box(node: _Node, scores: Sequence[Html]) -> Html:
     )
 
 
+def _what(step: Step) -> str:
+    return f"{step.stage} · {duration(step.manifest.seconds)}" if step.manifest else step.stage
+
+
 def _amount(step: Step) -> str:
     if step.manifest is None:
         return step.state
     rows = step.manifest.rows
-    gives = "model" if rows is None else f"{rows:,} row{'' if rows == 1 else 's'}"
-    return f"{gives} · {duration(step.manifest.seconds)}"
+    return "model" if rows is None else f"{rows:,} row{'' if rows == 1 else 's'}"
 
 
 def _scores_by_model(run: Run) -> dict[str, list[Html]]:

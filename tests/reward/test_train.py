@@ -18,10 +18,10 @@ from reward.train import STAGE, Config, check_saved, new_reward_model
 from tests.train.steps import curves, policy, run, table, weights
 from tests.train.tiny import make_model, make_tokenizer, save_model
 
-FAST = {"learning_rate": 3e-3, "epochs": 4.0, "global_batch_size": 8, "warmup_ratio": 0.0, "evaluations": 4}
+FAST = {"learning_rate": 1e-2, "epochs": 4.0, "global_batch_size": 8, "warmup_ratio": 0.0, "evaluations": 4}
 
 
-def completions(prompts: int = 60) -> list[dict[str, Any]]:
+def completions(prompts: int = 42) -> list[dict[str, Any]]:
     """Sums with one right and two wrong answers, something that a random model of two layers can learn to tell."""
     rows = []
     for i in range(prompts):
@@ -30,7 +30,7 @@ def completions(prompts: int = 60) -> list[dict[str, Any]]:
             {
                 "prompt_id": f"p{i}",
                 "prompt": [{"role": "user", "content": f"What is {i % 7} plus 0?"}],
-                "split": "dev" if i % 3 == 0 else "train",
+                "split": "dev" if i % 2 == 0 else "train",
                 "family": "sums",
                 "completion": [{"role": "assistant", "content": text}],
                 "verdict": verdict,
@@ -57,12 +57,12 @@ def train(
 @pytest.mark.parametrize("head", ["scalar", "logprob"])
 def test_it_learns_to_prefer_right_completions_and_is_the_same_when_loaded(tmp_path: Path, head: str) -> None:
     """A random model likes short completions best, which the log-prob head takes more steps to unlearn."""
-    summary = train(tmp_path, {"head": head, "epochs": 4.0 if head == "scalar" else 16.0})
+    summary = train(tmp_path, {"head": head, "epochs": 4.0 if head == "scalar" else 8.0})
     assert summary["overall"]["best_of_n"] == 1.0
     assert summary["overall"]["sampled"] == pytest.approx(1 / 3)
     assert summary["overall"]["oracle"] == 1.0
-    assert summary["prompts"] == 40
-    assert summary["held_out_prompts"] == 20
+    assert summary["prompts"] == 21
+    assert summary["held_out_prompts"] == 21
     judge = load_reward_model(tmp_path / "model")
     assert judge.card.head == head
     asked: Any = [{"role": "user", "content": "What is 3 plus 0?"}]
@@ -79,13 +79,35 @@ def test_it_learns_to_prefer_right_completions_and_is_the_same_when_loaded(tmp_p
     ]
 
 
-def test_the_best_evaluation_is_kept_and_training_stops_when_it_no_longer_gets_better(tmp_path: Path) -> None:
-    """Best-of-n can't pass 1: after reaching it two more evaluations are stale, and the weights are the first's."""
-    summary = train(tmp_path, {"head": "logprob", "epochs": 40.0, "evaluations": 50, "patience": 2})
+def test_training_stops_when_best_of_n_no_longer_gets_better(tmp_path: Path) -> None:
+    """Best-of-n can't pass 1: after reaching it two more evaluations are stale."""
+    summary = train(tmp_path, {"head": "logprob", "epochs": 30.0, "evaluations": 10, "patience": 2})
     scores = [one["best_of_n"] for one in summary["evaluations"]]
-    best = scores.index(max(scores))
-    assert len(scores) == best + 3
-    assert summary["overall"]["best_of_n"] == pytest.approx(max(scores))
+    assert max(scores) == 1.0
+    assert len(scores) == scores.index(1.0) + 3
+    assert summary["overall"]["best_of_n"] == 1.0
+
+
+def test_the_weights_of_the_best_evaluation_are_kept_and_of_equals_the_last(tmp_path: Path) -> None:
+    """Evaluations of 0.5, 0.7, 0.7 and 0.6, the weights counting up: the third's are kept."""
+    from accelerate import Accelerator
+
+    from align.core.stage import Tools
+    from reward.fit import _State
+    from tests.train.steps import Silent
+
+    (tmp_path / "work").mkdir()
+    tools = Tools(seed=0, engines={}, progress=Silent(), work=tmp_path / "work", out=tmp_path)
+    model = torch.nn.Linear(1, 1, bias=False)
+    state = _State(tools, model, torch.optim.AdamW(model.parameters()))
+    stale = []
+    for step, score in enumerate([0.5, 0.7, 0.7, 0.6]):
+        torch.nn.init.constant_(model.weight, step)
+        state.note(step, score, Accelerator(cpu=True))
+        stale.append(state.stale)
+    state.restore_best("cpu")
+    assert float(model.weight) == 2.0
+    assert stale == [0, 0, 1, 2]
 
 
 def test_micro_batches_change_nothing(tmp_path: Path) -> None:
@@ -157,7 +179,7 @@ def test_lora_trains_and_keeps_the_head(tmp_path: Path, merged: bool) -> None:
     """The reload check inside the stage would stop it if the head were lost; here its file is looked at too."""
     from safetensors.torch import load_file
 
-    summary = train(tmp_path, {"lora_rank": 4, "save_merged": merged, "learning_rate": 1e-2})
+    summary = train(tmp_path, {"lora_rank": 4, "save_merged": merged})
     assert summary["overall"]["best_of_n"] == 1.0
     file = tmp_path / "model" / ("model.safetensors" if merged else "adapter_model.safetensors")
     assert any("score" in name for name in load_file(file))
