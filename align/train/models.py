@@ -123,6 +123,9 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, 
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.config.use_cache = True  # the trainer turned it off
+        for config in (model.config, model.config.get_text_config()):
+            if hasattr(config, "output_router_logits"):
+                config.output_router_logits = False  # the trainer turned it on, for the balancing loss of experts
         stop_at_end_of_turn(model, tokenizer)
         if is_peft_model(model) and merged:
             model, state = model.float().merge_and_unload(), None

@@ -76,7 +76,8 @@ class GenericDecoder:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits at the last position; ids (B, T), the cache grows by T."""
-        inputs = {"position_ids": positions, "logits_to_keep": 1}
+        # The balancing loss of experts, which a trained config may ask for, cannot be had over a cache.
+        inputs = {"position_ids": positions, "logits_to_keep": 1, "output_router_logits": False}
         training = self.model.training
         self.model.eval()  # a live policy may be in training mode: no dropout while it samples
         try:
