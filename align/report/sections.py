@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from align.core.errors import DataError
@@ -32,13 +33,14 @@ def ladder(run: Run) -> Html | None:
         ),
     ]  # fmt: skip
     if rungs:
-        parts += [_chart(rungs), *_tables(rungs, [*rungs])]
+        before = {step.name: rung for rung, step in pairwise(rungs)}
+        parts += [_chart(rungs), *_tables(rungs, before)]
     if controls:
         parts += [
             el("h3", "Controls"),
             el("p", "What a claim must be held against: the same effort without the stage's idea.", class_="lead"),
             _chart(controls),
-            *_tables(controls, run.evaluations),
+            *_tables(controls, {step.name: _beside(step, rungs, run) for step in controls}),
         ]
     return el("section", *parts, id="ladder")
 
@@ -53,8 +55,8 @@ def _label(step: Step) -> str:
     return models[0] if models else step.name
 
 
-def _tables(steps: Sequence[Step], order: Sequence[Step]) -> list[Html]:
-    """A table for each mode: whole, by family, and against the rung before; `order` says which that is."""
+def _tables(steps: Sequence[Step], against: Mapping[str, Step | None]) -> list[Html]:
+    """A table for each mode: whole, by family, and against the step that `against` has under each one's name."""
     found = []
     for mode, title in MODES.items():
         shown = [step for step in steps if mode in step.scores]
@@ -64,23 +66,39 @@ def _tables(steps: Sequence[Step], order: Sequence[Step]) -> list[Html]:
         rows: list[list[Child]] = []
         for step in shown:
             scores = step.scores[mode]
-            before = _before(step, order, mode)
             cells = [_cell(scores.get("by_family", {}).get(family)) for family in families]
             rows.append(
                 [
                     el("a", _label(step), href=f"#step-{step.name}"), _cell(scores["overall"], strong=True), *cells,
-                    _versus(before, step, mode), _apart(scores), str(scores["overall"]["n"]),
+                    _versus(against.get(step.name), step, mode), _apart(scores), str(scores["overall"]["n"]),
                 ]
             )  # fmt: skip
-        head: list[Child] = [title, "score", *families, "against the one before", "not judged", "items"]
+        head: list[Child] = [title, "score", *families, "compared", "not judged", "items"]
         found.append(table(head, rows, "scores"))
     return found
 
 
-def _before(step: Step, order: Sequence[Step], mode: str) -> Step | None:
-    """The last rung above a step: an evaluation that is no control."""
-    above = [other for other in order[: list(order).index(step)] if mode in other.scores and not other.is_control]
-    return above[-1] if above else None
+def _beside(control: Step, rungs: Sequence[Step], run: Run) -> Step | None:
+    """The rung that a control is a control of: the one whose model was made by the most nearly same steps."""
+    steps = {step.name: step for step in run.steps}
+
+    def made_by(evaluation: Step) -> set[str]:
+        found: set[str] = set()
+        waiting = [need for model in evaluation.samples_from if model in steps for need in steps[model].needs]
+        while waiting:
+            name = waiting.pop()
+            if name not in found and name in steps:
+                found.add(name)
+                waiting += steps[name].needs
+        return found
+
+    own = made_by(control)
+
+    def likeness(rung: Step) -> float:
+        other = made_by(rung)
+        return len(own & other) / (len(own | other) or 1)
+
+    return max(rungs, key=likeness, default=None)
 
 
 def _cell(score: Mapping[str, Any] | None, strong: bool = False) -> Html:

@@ -187,7 +187,6 @@ def quickstart(folder: Path) -> Path:
     run.step("unfiltered", "demonstrate", {"completions": "samples"}, rows=demos[:60], kind=Kind.DEMONSTRATIONS)
     run.step("control_unfiltered", "sft", {"model": "tiny", "demonstrations": "unfiltered"},
              curves=training(300, loss=(3.1, 0.5)))  # fmt: skip
-    run.evaluation("control_unfiltered_eval", "control_unfiltered", 0.66, 0.52)
     run.step("scored", "reject", {"prompts": "pool"}, {"sampler": "rft"}, samples, Kind.COMPLETIONS)
     pairs = [
         {**{k: v for k, v in prompt_row(i).items() if k in ("prompt_id", "prompt", "split", "family")},
@@ -206,5 +205,6 @@ def quickstart(folder: Path) -> Path:
     rm_curves = training(120, loss=(0.7, 0.3)) + [{"step": s, "best_of_n": 0.5 + s / 400} for s in (0, 40, 80, 120)]
     run.step("reward", "reward", {"model": "dpo", "completions": "scored"}, summary=reward_summary(), curves=rm_curves,
              kind=Kind.REWARD_MODEL)  # fmt: skip
+    run.evaluation("control_unfiltered_eval", "control_unfiltered", 0.66, 0.52)
     run.step("online", "online-dpo", {"policy": "dpo", "prompts": "pool", "reward_model": "reward"}, done=False)
     return run.finish()

@@ -93,7 +93,11 @@ def test_the_page_asks_for_nothing_from_outside(page: str) -> None:
 
 
 def test_the_ladder_compares_neighbours_and_sets_controls_apart(page: str) -> None:
-    """`rft` stands against `sft`; the control against the last rung before it, and no rung against a control."""
+    """`rft` stands against `sft`; the control against the rung that it is a control of, no rung against a control.
+
+    `control_unfiltered` is made by written, demonstrations, sft, pool, tagged, ontology, selected, samples, unfiltered;
+    `rft` by eight of these and by kept (8 of 10 alike), `dpo` by rft, scored and pairs as well (8 of 13).
+    """
     ladder = page[page.index('id="ladder"') : page.index('id="selection"')]
     rungs, controls = ladder.split("Controls</h3>")
     for before in ("tiny", "sft", "rft"):
