@@ -6,6 +6,7 @@ verdict `error` and stops no other.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -82,7 +83,7 @@ class Verifiers:
     def _verify_chunk(self, rows: Sequence[VerifyRow]) -> list[Verdict]:
         verdicts: list[Verdict | None] = []
         code: list[tuple[str, Mapping[str, Any]]] = []
-        for task, completion, raw_reference, _ in rows:
+        for task, completion, raw_reference, prompt in rows:
             reference = _reference(raw_reference)
             problem = _problem(task, completion, reference)
             if problem is not None:
@@ -91,7 +92,7 @@ class Verifiers:
                 verdicts.append(_guarded(verify, task, completion, reference))
             else:
                 verdicts.append(None)
-                code.append((completion, reference))
+                code.append((completion, _with_given_code(reference, prompt)))
         ran = iter(self._code_verifier().verify_many(code) if code else ())
         return [next(ran) if verdict is None else verdict for verdict in verdicts]
 
@@ -101,6 +102,29 @@ class Verifiers:
 
             self._code = CodeVerifier(**self._sandbox).__enter__()
         return self._code
+
+
+def _with_given_code(reference: Mapping[str, Any], prompt: Any) -> Mapping[str, Any]:
+    """A check's reference with the code that the prompt gave, where it did: HumanEval's prompt is a function's head.
+
+    A completion may go on from there, and the tests may call what the head defines beside it.
+    """
+    name = reference.get("entry_point")
+    if "prompt" in reference or not isinstance(name, str):
+        return reference
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        said = [m.get("content") for m in prompt if isinstance(m, Mapping) and m.get("role") == "user"]
+        prompt = said[-1] if said else None
+    if not isinstance(prompt, str):
+        return reference
+    from reward.code_tests import extract_code
+
+    code = extract_code(prompt, name)
+    try:
+        defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return reference
+    return {**reference, "prompt": code if code.endswith("\n") else code + "\n"} if name in defined else reference
 
 
 def _reference(raw: Any) -> Any:

@@ -102,3 +102,21 @@ def test_no_sandbox_starts_without_code() -> None:
         assert VERIFIERS["code"] is None
         verifiers.verify("code", *GOLD["code"][::2])
         assert verifiers.sandbox_report is not None
+
+
+def test_a_completion_may_go_on_from_the_function_head_that_its_prompt_gave() -> None:
+    head = 'def helper(x):\n    return x + 1\n\n\ndef f(x):\n    """One more."""\n'
+    reference = {"check": "def check(candidate):\n    assert candidate(1) == helper(1)", "entry_point": "f"}
+    body = "    return helper(x)\n"
+    chat = [{"role": "user", "content": f"Complete this:\n```python\n{head}```"}]
+    whole = f"```python\n{head}{body}```"
+    rows = [
+        ("code", body, reference, head),
+        ("code", body, reference, chat),
+        ("code", whole, reference, chat),
+        ("code", "    return x\n", reference, head),
+        ("code", body, reference, "Write f."),
+    ]
+    with Verifiers() as verifiers:
+        found = [verdict.verdict for verdict in verifiers.verify_many(rows)]
+    assert found == ["passed", "passed", "passed", "failed", "failed"]
