@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align.core.chat import IGNORED
-from align.core.errors import RecipeError
+from align.core.errors import RecipeError, RunError
 from align.core.records import Row
 from align.core.stage import Tools
 from reward.batches import Encoded, batch_rewards
@@ -136,7 +136,7 @@ def fit(
     evaluate_at = {round(len(batches) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} - {0}
 
     state = _State(tools, judge.model, optimizer)
-    if not state.resume(accelerator.device):
+    if not state.resume(accelerator):
         state.note(0, best_of_n(judge_groups(judge, measured)), accelerator)
     tools.progress.start(len(batches), "steps")
     tools.progress.advance(state.step)
@@ -161,13 +161,14 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
+        loss = _mean_over_processes(loss, accelerator)
         if not math.isfinite(loss):
-            raise RecipeError(f"reward: the loss is {loss} at step {state.step}; lower learning_rate")
+            raise RunError(f"reward: the loss is {loss} at step {state.step}; lower learning_rate")
         state.log(accelerator, step=state.step, loss=loss, learning_rate=rate, grad_norm=norm)
         tools.progress.advance(1, loss=round(loss, 3))
         if state.step in evaluate_at:
             state.note(state.step, best_of_n(judge_groups(judge, measured)), accelerator)
-    state.restore_best(accelerator.device)
+    state.restore_best()
     judge.model = accelerator.unwrap_model(model)
     judge.model.eval()
     return state.history
@@ -247,6 +248,7 @@ class _State:
 
     def note(self, step: int, score: float, accelerator: Any) -> None:
         """One evaluation: keeps the weights if none were better, and a checkpoint to go on from."""
+        score = _mean_over_processes(score, accelerator)  # all go on, or all stop
         best = max((past["best_of_n"] for past in self.history), default=-math.inf)
         self.stale = 0 if score > best else self.stale + 1
         self.history.append({"step": step, "best_of_n": score})
@@ -264,26 +266,34 @@ class _State:
             )  # fmt: skip
         accelerator.wait_for_everyone()
 
-    def resume(self, device: Any) -> bool:
+    def resume(self, accelerator: Any) -> bool:
         """Whether there was a checkpoint to go on from; the curves are cut back to it."""
         file = self.folder / "checkpoint.pt"
-        self.metrics.unlink(missing_ok=True)
+        if accelerator.is_main_process:
+            self.metrics.unlink(missing_ok=True)
         if not file.exists():
             return False
-        found = torch.load(file, map_location=device, weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True)
         self.model.load_state_dict(found["weights"], strict=False)
         self.optimizer.load_state_dict(found["optimizer"])
         self.step, self.stale = found["step"], found["stale"]
         self.history, self.lines = found["history"], found["lines"]
-        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        if accelerator.is_main_process:
+            self.metrics.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         return True
 
-    def restore_best(self, device: Any) -> None:
-        weights = torch.load(self.folder / "best.pt", map_location=device, weights_only=True)
+    def restore_best(self) -> None:
+        weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
         self.model.load_state_dict(weights, strict=False)
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.model.named_parameters() if value.requires_grad}
+
+
+def _mean_over_processes(value: float, accelerator: Any) -> float:
+    if accelerator.num_processes == 1:
+        return value
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
 
 
 def _save(content: Mapping[str, Any], file: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,9 +38,10 @@ def load_model(path: str, head: Head, dtype: str, revision: str | None = None, *
             adapter.task_type = None  # a policy's adapter fits under a scalar head as well
             if head == "scalar":
                 config.setdefault("num_labels", 1)
-        model, info = kind.from_pretrained(
-            base, dtype=dtype, revision=revision or "main", output_loading_info=True, **config
-        )
+        with _quiet():  # what is missing is for the caller to judge
+            model, info = kind.from_pretrained(
+                base, dtype=dtype, revision=revision or "main", output_loading_info=True, **config
+            )
         missing = sorted(info["missing_keys"])
         if is_adapter:
             model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
@@ -50,6 +53,18 @@ def load_model(path: str, head: Head, dtype: str, revision: str | None = None, *
             "give a folder made by save_pretrained, or the id of a model on the Hub"
         ) from problem
     return model, missing
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:

@@ -105,7 +105,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_of_equals_the_last(tmp_
         torch.nn.init.constant_(model.weight, step)
         state.note(step, score, Accelerator(cpu=True))
         stale.append(state.stale)
-    state.restore_best("cpu")
+    state.restore_best()
     assert float(model.weight) == 2.0
     assert stale == [0, 0, 1, 2]
 
@@ -278,3 +278,25 @@ def test_judged_groups_keep_their_order_and_count_completion_tokens(tmp_path: Pa
     assert judged[0].lengths == [1, 2]
     alone = judge.score_encoded([(rows[3]["ids"][0], rows[3]["labels"][0])])
     assert judged[3].scores[0] == pytest.approx(alone[0], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_weights_of_one(tmp_path: Path) -> None:
+    """Two gloo processes share each global batch of 8; weights agree to rounding, the curves have each step once."""
+    from align.launch import launch
+    from align.plan import Step
+
+    settings = FAST | {"epochs": 1.0, "evaluations": 1}
+    train(tmp_path / "one", settings)
+    save_model(tmp_path / "two" / "policy")
+    inputs = {
+        "model": policy(tmp_path / "two" / "policy"),
+        "completions": table(tmp_path / "two" / "rows.parquet", completions()),
+    }
+    (tmp_path / "two" / "work").mkdir()
+    step = Step("rm", "reward", STAGE, Config(**settings), {}, {}, {"device": "cpu"}, 2)
+    result = launch(step, inputs, 3, tmp_path / "two" / "work", tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert [line["step"] for line in curves(tmp_path / "two")] == [line["step"] for line in curves(tmp_path / "one")]
+    assert result.summary["overall"]["groups"] == 21
