@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from align.core.records import Row
-from align.train.episodes import Judge, sample, sampling
+from align.train.episodes import sample, sampling
 from align.train.online_settings import Config
+from align.train.scoring import Scorer
 
 DRAWN = 64
 """Probe prompts that are sampled from twice, for length, KL and the sampler's gap."""
@@ -47,17 +48,17 @@ class Probe:
 
 
 def look(
-    engine: Any, trainer: Any, reference: Any, rows: Sequence[Row], judge: Judge, config: Config, seed: int
+    engine: Any, trainer: Any, reference: Any, rows: Sequence[Row], scorer: Scorer, config: Config, seed: int
 ) -> Probe:
     """Answers the probe's prompts greedily, and some of them by two samples each."""
     tokenizer = trainer.processing_class
     greedy = sample(engine, rows, 1, sampling(config, seed, temperature=0.0), tokenizer)
-    verifiable = [group for group in greedy if judge.decidable(group.row)]
+    verifiable = [group for group in greedy if scorer.decidable(group.row)]
     by_family: dict[str, list[float]] = {}
-    for group, verdicts in zip(verifiable, judge.verdicts(verifiable), strict=True):
+    for group, verdicts in zip(verifiable, scorer.verdicts(verifiable), strict=True):
         by_family.setdefault(group.family, []).append(100.0 * (verdicts[0].verdict == "passed"))
     every = [passed for family in by_family.values() for passed in family]
-    rewards = [r[0] for r in judge.rewards(greedy) if r[0] is not None] if judge.reward_model is not None else []
+    rewards = [r[0] for r in scorer.rewards(greedy) if r[0] is not None] if scorer.reward_model is not None else []
 
     drawn = sample(engine, rows[:DRAWN], 2, sampling(config, seed), tokenizer)
     pairs, sampled, tokens = [], [], []

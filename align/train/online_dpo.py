@@ -32,9 +32,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     from datasets import Dataset
 
     from align.train import models
-    from align.train.episodes import Judge, Prompts
+    from align.train.episodes import Prompts
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
+    from align.train.scoring import Scorer
     from align.train.trainer import set_batches
     from reward.verifiers import Verifiers
 
@@ -65,7 +66,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             config,
             tools,
             prompts,
-            Judge(config, verifiers, reward_model, tokenizer),
+            Scorer(config, verifiers, reward_model, tokenizer),
             frozen,
             model=model,
             args=arguments,

@@ -23,10 +23,11 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import RunError
 from align.core.stage import Tools
 from align.train.data import batch_order
-from align.train.episodes import Judge, Prompts, episode_rows, read_rows, write_rows, yields
+from align.train.episodes import Prompts, episode_rows, read_rows, write_rows, yields
 from align.train.guards import Probe, look, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
+from align.train.scoring import Scorer
 from align.train.trainer import learning_rate_factor
 
 
@@ -45,14 +46,14 @@ class OnlineDPO(DPO):
     announces = False  # each episode says how many steps it has
 
     def __init__(
-        self, settings: Config, tools: Tools, prompts: Prompts, judge: Judge, reference: Any, **trl: Any
+        self, settings: Config, tools: Tools, prompts: Prompts, scorer: Scorer, reference: Any, **trl: Any
     ) -> None:
         self.episode, self.steps_before, self.steps_here = 0, 0, 1
         self.records: list[dict[str, Any]] = []
         self.kept: list[Probe] = []
         self.queue: list[list[Mapping[str, Any]]] | None = None  # global batches; None between two episodes
         super().__init__(settings, tools, rows=1, **trl)
-        self.prompts, self.judge = prompts, judge
+        self.prompts, self.scorer = prompts, scorer
         self.reference = None if reference is None else self.score_like_the_policy(reference)
         self.engine = TransformersEngine(self.model, self.processing_class, fingerprint="live")
         self.border = tools.work / "border.pt"
@@ -101,7 +102,7 @@ class OnlineDPO(DPO):
                 found = episode_rows(
                     self.engine,
                     share,
-                    self.judge,
+                    self.scorer,
                     config,
                     tools.seed,
                     self.episode,
@@ -175,7 +176,7 @@ class OnlineDPO(DPO):
         """See `guards.look`; a sampler that disagrees with the trainer stops the run."""
         rows = self.prompts.of_probe()
         with self._sampling():
-            probe = look(self.engine, self, self.reference, rows, self.judge, self.settings, self.tools.seed)
+            probe = look(self.engine, self, self.reference, rows, self.scorer, self.settings, self.tools.seed)
         if not probe.gap <= self.settings.max_sampler_gap:
             raise RunError(
                 f"sampler and trainer disagree by {probe.gap:.3g} nats a token, more than max_sampler_gap "

@@ -65,6 +65,8 @@ class DPOSettings(TrainSettings):
     def _fits(self) -> Self:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} numbers for {len(self.losses)} losses")
+        if self.lora_dropout:
+            raise ValueError("lora_dropout has no effect here: DPO is computed without dropout; set it to 0")
         deaf = sorted(set(self.losses) - _SMOOTHED)
         if self.label_smoothing and deaf:
             raise ValueError(f"label_smoothing has no effect on the loss {', '.join(deaf)}; use robust, or set it to 0")

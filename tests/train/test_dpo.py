@@ -228,6 +228,7 @@ def test_pairs_left_out_are_counted_by_reason(tmp_path: Path) -> None:
         ({"label_smoothing": 0.1}, "no effect on the loss sigmoid; use robust"),
         ({"losses": ["exo_pair"]}, "needs label_smoothing above 0"),
         ({"loss_weights": [1.0, 2.0]}, "2 numbers for 1 losses"),
+        ({"lora_rank": 8, "lora_dropout": 0.1}, "DPO is computed without dropout"),
         ({"losses": ["aot"]}, "sigmoid"),
     ],
 )

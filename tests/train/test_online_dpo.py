@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.core.engines.transformers_engine import TransformersEngine
-from align.core.errors import ModelError, RunError
+from align.core.errors import DataError, ModelError, RunError
 from align.core.records import Kind
 from align.core.store import ModelRef, Table
 from align.train.guards import Probe, objections
@@ -228,6 +228,14 @@ def test_prompts_without_a_right_answer_are_sampled_again(inputs: dict[str, Tabl
         assert len(row["rewards"]) == (2 if first_two == 1 else 7)
         counts.add(len(row["rewards"]))
     assert 7 in counts
+
+
+def test_pairs_that_are_too_long_are_counted_or_refused(inputs: dict[str, Table | ModelRef], tmp_path: Path) -> None:
+    settings = QUICK | {"episodes": 1, "max_length": 46, "prompts_per_episode": 24}
+    summary, _ = steps.run(STAGE, tmp_path / "online", inputs, settings)
+    assert summary["episodes"][0]["outcomes"]["too_long"] > 0
+    with pytest.raises(DataError, match=r"its pair has \d+ tokens, max_length is 46"):
+        steps.run(STAGE, tmp_path / "other", inputs, settings | {"too_long": "error"})
 
 
 def test_without_a_dev_split_some_prompts_are_set_aside_and_never_trained_on(
