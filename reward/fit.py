@@ -7,12 +7,9 @@ the order follows from the seed alone, so a run that was killed goes on from its
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from align.core.errors import RecipeError, RunError
 from align.core.records import Row
 from align.core.stage import Tools
 from reward.batches import Encoded, batch_rewards
+from reward.checkpoint import State, mean_over_processes
 from reward.gate import Judged, best_of_n
 from reward.model import Card, RewardModel
 
@@ -57,6 +55,25 @@ class Schedule:
     max_grad_norm: float
     evaluations: int
     patience: int
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What changes how fast it is and not what comes of it, save by rounding.
+
+    Attributes:
+        device: cpu or cuda.
+        bf16: whether the forward pass is computed in bfloat16; the weights stay float32.
+        micro_batch: groups at once in one process.
+        gradient_checkpointing: less memory for more time.
+        save_every: optimizer steps between checkpoints.
+    """
+
+    device: str
+    bf16: bool
+    micro_batch: int
+    gradient_checkpointing: bool = False
+    save_every: int = 500
 
 
 def group_loss(rewards: Tensor, values: Tensor, groups: Tensor, margin: float, centering: float) -> Tensor:
@@ -103,8 +120,7 @@ def fit(
     judge: RewardModel,
     train: Any,
     held_out: Any,
-    micro_batch: int,
-    bf16: bool,
+    speed: Speed,
     accelerator: Any,
     tools: Tools,
 ) -> list[dict[str, float]]:
@@ -116,8 +132,7 @@ def fit(
         judge: the model to train.
         train: groups on disk, see `reward.comparisons`.
         held_out: groups that best-of-n is measured on.
-        micro_batch: groups at once in one process.
-        bf16: whether the forward pass is computed in bfloat16.
+        speed: see there.
         accelerator: accelerate's.
         tools: for the checkpoint, the curves and the progress.
 
@@ -135,15 +150,18 @@ def fit(
     measured = held_out.select(contested) if contested else held_out
     evaluate_at = {round(len(batches) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} - {0}
 
-    state = _State(tools, judge.model, optimizer)
+    state = State(tools, judge.model, optimizer)
     if not state.resume(accelerator):
-        state.note(0, best_of_n(judge_groups(judge, measured)), accelerator)
+        state.note(best_of_n(judge_groups(judge, measured)), accelerator)
     tools.progress.start(len(batches), "steps")
     tools.progress.advance(state.step)
+    if speed.gradient_checkpointing:
+        judge.model.gradient_checkpointing_enable({"use_reentrant": False})
+        judge.model.enable_input_require_grads()  # or nothing would flow back into LoRA's frozen base
     judge.model.train()
     while state.step < len(batches) and state.stale < schedule.patience:
         mine = batches[state.step][rank::world]
-        micro = np.array_split(mine, math.ceil(len(mine) / micro_batch))
+        micro = np.array_split(mine, math.ceil(len(mine) / speed.micro_batch))
         rate = learning_rate_at(state.step, len(batches), schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -151,7 +169,7 @@ def fit(
         for number, places in enumerate(micro):
             last = number == len(micro) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=speed.bf16):
                     rows = [train[int(place)] for place in places]
                     part = batch_loss(objective, model, judge.card, rows, accelerator.device)
                     part = part / len(mine)
@@ -161,15 +179,19 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
-        loss = _mean_over_processes(loss, accelerator)
+        loss = mean_over_processes(loss, accelerator)
         if not math.isfinite(loss):
             raise RunError(f"reward: the loss is {loss} at step {state.step}; lower learning_rate")
         state.log(accelerator, step=state.step, loss=loss, learning_rate=rate, grad_norm=norm)
         tools.progress.advance(1, loss=round(loss, 3))
         if state.step in evaluate_at:
-            state.note(state.step, best_of_n(judge_groups(judge, measured)), accelerator)
+            state.note(best_of_n(judge_groups(judge, measured)), accelerator)
+        elif state.step % speed.save_every == 0:
+            state.save(accelerator)
     state.restore_best()
     judge.model = accelerator.unwrap_model(model)
+    if speed.gradient_checkpointing:
+        judge.model.gradient_checkpointing_disable()
     judge.model.eval()
     return state.history
 
@@ -227,76 +249,3 @@ def judge_groups(judge: RewardModel, groups: Any, at_once: int = 256) -> list[Ju
 def encoded_pairs(row: Row) -> list[Encoded]:
     """The completions of a group on disk, each with its prompt."""
     return list(zip(row["ids"], row["labels"], strict=True))
-
-
-class _State:
-    """What a killed run needs to go on, and the best weights so far."""
-
-    def __init__(self, tools: Tools, model: Any, optimizer: Any) -> None:
-        self.folder = tools.work
-        self.metrics = tools.out / "metrics.jsonl"
-        self.model, self.optimizer = model, optimizer
-        self.step = self.stale = 0
-        self.history: list[dict[str, float]] = []
-        self.lines: list[dict[str, float]] = []
-
-    def log(self, accelerator: Any, **figures: float) -> None:
-        self.lines.append(figures)
-        if accelerator.is_main_process:
-            with self.metrics.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(figures) + "\n")
-
-    def note(self, step: int, score: float, accelerator: Any) -> None:
-        """One evaluation: keeps the weights if none were better, and a checkpoint to go on from."""
-        score = _mean_over_processes(score, accelerator)  # all go on, or all stop
-        best = max((past["best_of_n"] for past in self.history), default=-math.inf)
-        self.stale = 0 if score > best else self.stale + 1
-        self.history.append({"step": step, "best_of_n": score})
-        self.log(accelerator, step=step, best_of_n=score)
-        if accelerator.is_main_process:
-            weights = self._trained()
-            if score >= best:  # of equals the one that has learned longer: its scores lie further apart
-                _save(weights, self.folder / "best.pt")
-            _save(
-                {
-                    "weights": weights, "optimizer": self.optimizer.state_dict(), "step": step, "stale": self.stale,
-                    "history": self.history, "lines": self.lines,
-                },
-                self.folder / "checkpoint.pt",
-            )  # fmt: skip
-        accelerator.wait_for_everyone()
-
-    def resume(self, accelerator: Any) -> bool:
-        """Whether there was a checkpoint to go on from; the curves are cut back to it."""
-        file = self.folder / "checkpoint.pt"
-        if accelerator.is_main_process:
-            self.metrics.unlink(missing_ok=True)
-        if not file.exists():
-            return False
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(found["weights"], strict=False)
-        self.optimizer.load_state_dict(found["optimizer"])
-        self.step, self.stale = found["step"], found["stale"]
-        self.history, self.lines = found["history"], found["lines"]
-        if accelerator.is_main_process:
-            self.metrics.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        return True
-
-    def restore_best(self) -> None:
-        weights = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)
-        self.model.load_state_dict(weights, strict=False)
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.model.named_parameters() if value.requires_grad}
-
-
-def _mean_over_processes(value: float, accelerator: Any) -> float:
-    if accelerator.num_processes == 1:
-        return value
-    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
-
-
-def _save(content: Mapping[str, Any], file: Path) -> None:
-    """Whole or not at all."""
-    torch.save(dict(content), file.with_suffix(".part"))
-    file.with_suffix(".part").replace(file)

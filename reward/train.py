@@ -34,7 +34,7 @@ from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from reward.batches import Encoded
 from reward.comparisons import groups_on_disk, read_groups
-from reward.fit import Objective, Schedule, encoded_pairs, fit, judge_groups
+from reward.fit import Objective, Schedule, Speed, encoded_pairs, fit, judge_groups
 from reward.gate import Judged, calibrate, figures
 from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, template_hash
 from reward.model import Card, Gate, RewardModel, load_reward_model
@@ -87,8 +87,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     assert isinstance(policy, ModelRef) and isinstance(completions, Table)
     if config.answers and "answer" not in completions.columns:
         raise DataError(f"reward: answers=true needs a column `answer` in {completions.name}; it has none")
-    device, bf16, micro_batch = _speed(tools.speed)
-    accelerator = Accelerator(cpu=True) if device == "cpu" else Accelerator()
+    speed = _speed(tools.speed)
+    accelerator = Accelerator(cpu=True) if speed.device == "cpu" else Accelerator()
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
     counts: Counter[str] = Counter()
@@ -99,7 +99,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     objective = Objective(config.margin, config.centering if config.head == "scalar" else 0.0, config.nll)
     schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__slots__})
-    history = fit(objective, schedule, judge, train, held_out, micro_batch, bf16, accelerator, tools)
+    history = fit(objective, schedule, judge, train, held_out, speed, accelerator, tools)
 
     judged = judge_groups(judge, held_out)
     judge.card = replace(judge.card, gates=_gates(config, judged, held_out["absolute"]))
@@ -233,16 +233,21 @@ def _save(config: Config, judge: RewardModel, folder: Path) -> None:
     judge.card.write(folder)
 
 
-def _speed(speed: Mapping[str, Any]) -> tuple[str, bool, int]:
-    """Device, whether to compute in bfloat16, and prompts at once: 8 on a CPU, 1 on a GPU unless told otherwise."""
-    device = str(speed.get("device") or "auto")
+def _speed(given: Mapping[str, Any]) -> Speed:
+    """On a CPU 8 prompts at once, on a GPU 1, unless told otherwise."""
+    device = str(given.get("device") or "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
-    precision = speed.get("precision") or "auto"
-    bf16 = precision == "bf16" or (precision == "auto" and device != "cpu")
-    return device, bf16, int(speed.get("micro_batch_size") or (8 if device == "cpu" else 1))
+    precision = given.get("precision") or "auto"
+    return Speed(
+        device,
+        bf16=precision == "bf16" or (precision == "auto" and device != "cpu"),
+        micro_batch=int(given.get("micro_batch_size") or (8 if device == "cpu" else 1)),
+        gradient_checkpointing=bool(given.get("gradient_checkpointing")),
+        save_every=int(given.get("save_every") or 500),
+    )
 
 
 STAGE = Stage(

@@ -93,17 +93,18 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_of_equals_the_last(tmp_
     from accelerate import Accelerator
 
     from align.core.stage import Tools
-    from reward.fit import _State
+    from reward.checkpoint import State
     from tests.train.steps import Silent
 
     (tmp_path / "work").mkdir()
     tools = Tools(seed=0, engines={}, progress=Silent(), work=tmp_path / "work", out=tmp_path)
     model = torch.nn.Linear(1, 1, bias=False)
-    state = _State(tools, model, torch.optim.AdamW(model.parameters()))
+    state = State(tools, model, torch.optim.AdamW(model.parameters()))
     stale = []
     for step, score in enumerate([0.5, 0.7, 0.7, 0.6]):
         torch.nn.init.constant_(model.weight, step)
-        state.note(step, score, Accelerator(cpu=True))
+        state.step = step
+        state.note(score, Accelerator(cpu=True))
         stale.append(state.stale)
     state.restore_best()
     assert float(model.weight) == 2.0
@@ -121,33 +122,45 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
         assert all(torch.allclose(found[0][name], other[name], atol=2e-5) for name in found[0])
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    """With LoRA too, where a frozen base would else cut the gradient off."""
+    for settings in ({"epochs": 0.4, "evaluations": 1}, {"epochs": 0.4, "evaluations": 1, "lora_rank": 2}):
+        found = []
+        for name, on in (("plain", False), ("saved", True)):
+            folder = tmp_path / f"{name}{len(settings)}"
+            train(folder, settings, speed={"gradient_checkpointing": on})
+            found.append(weights(folder))
+        assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """The second run finds the work folder as a kill after the second of four evaluations leaves it."""
+    """Killed after its fifth checkpoint: at steps 0, 2 (every second), 3 (an evaluation), 4 and 6."""
     settings = {"patience": 9}
-    train(tmp_path / "whole", settings)
+    often = {"save_every": 2}
+    train(tmp_path / "whole", settings, speed=often)
     whole = weights(tmp_path / "whole")
 
     class Killed(BaseException):
         pass
 
-    from reward import fit
+    from reward import checkpoint
 
-    save, saved = fit._save, []
+    save, saved = checkpoint.save, []
 
     def dying(content: Any, file: Path) -> None:
         save(content, file)
         saved.append(file.name)
-        if saved.count("checkpoint.pt") == 3:
+        if saved.count("checkpoint.pt") == 5:
             raise Killed
 
-    fit._save = dying
+    checkpoint.save = dying
     try:
         with pytest.raises(Killed):
-            train(tmp_path / "cut", settings)
+            train(tmp_path / "cut", settings, speed=often)
     finally:
-        fit._save = save
+        checkpoint.save = save
     assert not (tmp_path / "cut" / "model").exists()
-    summary = train(tmp_path / "cut", settings)
+    summary = train(tmp_path / "cut", settings, speed=often)
     again = weights(tmp_path / "cut")
     assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
     assert len(summary["evaluations"]) == 5
@@ -300,3 +313,14 @@ def test_two_processes_make_the_weights_of_one(tmp_path: Path) -> None:
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
     assert [line["step"] for line in curves(tmp_path / "two")] == [line["step"] for line in curves(tmp_path / "one")]
     assert result.summary["overall"]["groups"] == 21
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["scalar", "logprob"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "qwen2_moe"])
+def test_other_architectures_train_save_and_load(tmp_path: Path, family: str, head: str) -> None:
+    """One optimizer step each; the stage itself requires the saved model to score as before."""
+    save_model(tmp_path / "policy", family)
+    summary = train(tmp_path, {"head": head, "epochs": 0.3, "evaluations": 1})
+    assert summary["held_out_prompts"] == 21
+    assert load_reward_model(tmp_path / "model").card.head == head
