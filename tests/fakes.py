@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
+from safetensors.numpy import save_file
 
 from align.backends import Backend
 from align.core.engines.base import Engine, Prompt, SamplingParams
@@ -143,7 +144,7 @@ def train(config: TrainConfig, inputs: Mapping[str, Table | ModelRef], tools: To
         model = tools.out / "model"
         model.mkdir(parents=True, exist_ok=True)
         model.joinpath("config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], "s": tools.seed}))
-        model.joinpath("model.safetensors").write_text(f"{config.learning_rate} {config.steps}")
+        save_file({}, model / "model.safetensors", {"trained": f"{config.learning_rate} {config.steps}"})
     return Result(summary={"steps": config.steps, "world": os.environ.get("WORLD_SIZE", "1")})
 
 

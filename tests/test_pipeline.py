@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from align.core.errors import AlignError, DataError, RunError
 from align.core.manifest import Manifest
@@ -186,12 +188,12 @@ def test_a_models_content_counts(tmp_path: Path) -> None:
     model, out = tmp_path / "m", tmp_path / "run"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_text("1")
+    save_file({}, model / "model.safetensors", {"version": "1"})
     file = tmp_path / "t.yaml"
     file.write_text(f'steps: {{train: {{stage: "tests.fakes:TRAIN", in: {{model: {model}}}}}}}')
     finish(file, out)
     assert states(file, out) == []
-    (model / "model.safetensors").write_text("2")
+    save_file({}, model / "model.safetensors", {"version": "2"})
     assert states(file, out) == ["train"]
 
 
@@ -267,7 +269,8 @@ def test_a_killed_training_goes_on_from_its_work_folder(tmp_path: Path) -> None:
     process.wait()
     finish(file, out)
     assert len((tmp_path / "steps").read_text().splitlines()) <= 9
-    assert (out / "train" / "model" / "model.safetensors").read_text() == "0.001 8"
+    with safe_open(out / "train" / "model" / "model.safetensors", "numpy") as weights:
+        assert weights.metadata() == {"trained": "0.001 8"}
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_result(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from align.core.records import Kind, Row
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "base"
 """The checkpoint that the package carries, named by the model id `tiny`."""
 
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+
 _HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w][\w.-]*(?:@[\w./-]+)?")
 
 
@@ -105,6 +108,22 @@ def _check_weights(folder: Path) -> None:
             raise ModelError(f"{folder}: {index.name} names {', '.join(missing)}, missing here; copy the model again")
     if not indexes and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise ModelError(f"{folder}: has no weights (*.safetensors or *.bin); was the model saved to the end?")
+    for file in folder.glob("*.safetensors"):
+        if not _is_whole(file):
+            raise ModelError(f"{file}: is damaged, or no safetensors file; was it cut short? copy or save it again")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes with the header's length, JSON, the tensors."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if 8 + length <= min(size, _LONGEST_HEADER) else None
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return False
+    return size == 8 + length + max(ends, default=0)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

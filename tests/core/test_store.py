@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from align.core.errors import DataError, ModelError
 from align.core.records import Kind, Row
@@ -21,8 +23,12 @@ def a_prompt(number: int, **more: Any) -> Row:
 def a_model(folder: Path, **config: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **config}))
-    (folder / "model.safetensors").write_bytes(b"weights")
+    save_file({"w": np.zeros(4)}, folder / "model.safetensors")
     return folder
+
+
+def cut(file: Path, at: int) -> None:
+    file.write_bytes(file.read_bytes()[:at])
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path):
@@ -109,7 +115,7 @@ def test_a_model_folder_a_steps_folder_and_an_adapter_are_models(tmp_path: Path)
     adapter = tmp_path / "lora"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"w")
+    save_file({"w": np.zeros(4)}, adapter / "adapter_model.safetensors")
     assert ModelRef.open(adapter, Kind.MODEL).kind is Kind.MODEL
 
 
@@ -131,7 +137,7 @@ def test_a_reward_model_given_for_a_policy_is_refused_and_the_reverse(tmp_path: 
 def test_a_model_is_another_when_its_weights_change(tmp_path: Path):
     folder = a_model(tmp_path / "m")
     before = ModelRef.open(folder, Kind.MODEL).fingerprint
-    (folder / "model.safetensors").write_bytes(b"other weights")
+    save_file({"w": np.ones(4)}, folder / "model.safetensors")
     assert ModelRef.open(folder, Kind.MODEL).fingerprint != before
 
 
@@ -149,6 +155,10 @@ def test_a_hub_id_carries_its_revision(tmp_path: Path):
     ("break_it", "says"),
     [
         (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
+        (lambda m: cut(m / "model.safetensors", -1), "model.safetensors: is damaged.*cut short"),
+        (lambda m: cut(m / "model.safetensors", 20), "model.safetensors: is damaged"),
+        (lambda m: cut(m / "model.safetensors", 0), "model.safetensors: is damaged"),
+        (lambda m: (m / "model.safetensors").write_bytes(b"<html>no such page</html>"), "or no safetensors file"),
         (lambda m: (m / "config.json").write_text('{"arch'), "can't be read as JSON"),
         (lambda m: (m / "config.json").unlink(), "is no model: it has neither config.json"),
         (
