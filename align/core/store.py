@@ -94,10 +94,22 @@ def _kind_of_folder(folder: Path) -> Kind:
     adapter = (folder / "adapter_config.json").is_file()
     config = _read_json(folder / ("adapter_config.json" if adapter else "config.json"))
     _check_weights(folder)
+    if adapter:
+        _check_base(folder, config.get("base_model_name_or_path"))
     classifies = any("SequenceClassification" in str(a) for a in config.get("architectures") or [])
     if (folder / "reward_model.json").is_file() or classifies or config.get("task_type") == "SEQ_CLS":
         return Kind.REWARD_MODEL
     return Kind.MODEL
+
+
+def _check_base(folder: Path, base: Any) -> None:
+    """Whether the model that an adapter adapts is there, or may be on the Hub."""
+    text = str(base or "")
+    if not Path(text).expanduser().is_dir() and (not _HUB_ID.fullmatch(text) or text.startswith(".")):
+        raise ModelError(
+            f"{folder}: is a LoRA adapter of {text or 'an unnamed model'}, which isn't there; put that model back, or "
+            "name its folder or Hub id as base_model_name_or_path in adapter_config.json"
+        )
 
 
 def _check_weights(folder: Path) -> None:
@@ -119,7 +131,9 @@ def _is_whole(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if 8 + length <= min(size, _LONGEST_HEADER) else None
+            if 8 + length > min(size, _LONGEST_HEADER):
+                return False
+            header: dict[str, Any] = json.loads(opened.read(length))
         ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return False
