@@ -150,12 +150,7 @@ def test_instructions_that_the_judge_finds_incomplete_are_not_selected(bench: Be
         return {"say 1": "5", "say 4": "6"}.get(text, "10")
 
     rows = bench.run(STAGE, {"count": 2}, {"judge": ScriptedEngine(judge)}, prompts=pool())
-    assert {row["prompt_id"] for row in rows} == {"p4", "p7"} or {row["prompt_id"] for row in rows} <= {
-        "p0",
-        "p3",
-        "p4",
-    }
-    assert "p1" not in {row["prompt_id"] for row in rows}
+    assert [row["prompt_id"] for row in rows] == ["p3", "p4"]
     assert {row["prompt_id"]: row["score_completeness"] for row in rows}["p4"] == pytest.approx(5 / 9)
     assert bench.summary["candidates"] == 7
     with pytest.raises(EngineError, match=r"select \(judge\): 8 of 8"):
