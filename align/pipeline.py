@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.core.card import Card
+from align.core.card import Card, model_card_text
 from align.core.errors import AlignError, RunError
 from align.core.manifest import Manifest, versions
 from align.core.stage import Result, Tools
@@ -124,6 +124,9 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
                 counts = engines.counts()
         if rank == 0 and not step.stage.gives.is_dataset:
             ModelRef.open(folder / "model", step.stage.gives, name=step.name)
+            card = _card(recipe, step, inputs, result)
+            text = model_card_text(card, step.stage.gives, result.summary, versions())
+            replace_file(folder / "model" / "README.md", text)
     except AlignError as problem:
         raise type(problem)(f"{step.name}: {problem}") from problem
     except Exception as problem:
@@ -164,8 +167,15 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
 def _write_rows(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: Result, folder: Path) -> int | None:
     if result.rows is None:
         return None
+    with DatasetWriter(folder, step.stage.gives, _card(recipe, step, inputs, result)) as writer:
+        for row in result.rows:
+            writer.write(row)
+    return writer.count
+
+
+def _card(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: Result) -> Card:
     tables = [table for table in inputs.values() if isinstance(table, Table)]
-    card = Card(
+    return Card(
         title=f"{recipe.name}: {step.name}",
         stage=f"{step.stage.name} {step.stage.version}",
         made_by=f"align {versions().get('align-toolkit', '')}".strip(),
@@ -174,10 +184,6 @@ def _write_rows(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: R
         licenses={name: licence for table in tables for name, licence in table.licenses.items()}
         | dict(result.summary.get("licenses", {})),
     )
-    with DatasetWriter(folder, step.stage.gives, card) as writer:
-        for row in result.rows:
-            writer.write(row)
-    return writer.count
 
 
 def _check_folders(recipe: Recipe, steps: list[Planned], overwrite: bool) -> None:

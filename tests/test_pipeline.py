@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -100,6 +101,22 @@ def test_a_run_leaves_a_folder_for_each_step_with_a_manifest(tmp_path: Path) -> 
         "README.md", "data", "manifest.json",
     ]  # fmt: skip
     assert (out / "train" / "model" / "config.json").exists() and holder(out) is None
+
+
+def test_a_models_card_says_what_made_it_from_what_and_how(tmp_path: Path) -> None:
+    file, out = write(tmp_path), tmp_path / "run"
+    finish(file, out)
+    _, header, page = (out / "train" / "model" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["align", "model", "train"]}
+    for line in (
+        "# t: train",
+        "Policy, made by the stage `train 1`",
+        "- completions: sample",
+        "| steps | 8 |",
+        "learning_rate: 0.001",
+        "python ",
+    ):
+        assert line in page, line
 
 
 def test_a_steps_seed_is_its_own_and_the_same_everywhere() -> None:

@@ -1,4 +1,4 @@
-"""The dataset card (README.md) of a written dataset: what made it, from what, how much, under which licences."""
+"""The card (README.md) of a dataset or a model: what made it, from what, how, under which licences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.core.records import Kind
 
 @dataclass(frozen=True)
 class Card:
-    """What a dataset card says besides the counts, which the writer knows.
+    """What a card says besides the counts, which the writer knows, or the figures of a training.
 
     Attributes:
         title: the heading, such as the step's name.
@@ -35,7 +35,7 @@ class Card:
 
 
 def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mapping[str, Counter[str]], rows: int) -> str:
-    """The card: a YAML header that the `datasets` library and the Hub read, and a page for people.
+    """A dataset's card: a YAML header that the `datasets` library and the Hub read, and a page for people.
 
     Args:
         card: what made the rows.
@@ -44,11 +44,9 @@ def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mappin
         counts: rows by value, for each column that was counted (split, source, task, verdict).
         rows: how many there are.
     """
-    import yaml
-
     header: dict[str, Any] = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
-        "tags": list(dict.fromkeys(["align", kind.value, *card.stage.split()[:1]])),
+        "tags": _tags(card, kind),
     }
     licences = sorted(set(card.licenses.values()))
     if licences:
@@ -59,24 +57,34 @@ def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mappin
     if card.notes:
         page += [card.notes, ""]
     page += ["The single Hub split holds all rows; the column `split` says what may be trained on.", ""]
-    page += [
-        "## Made from",
-        "",
-        *([f"- {name}: {what}" for name, what in card.inputs.items()] or ["- nothing else"]),
-        "",
-    ]
-    page += ["## Licences of the sources", ""]
-    page += [f"- {source}: {licence}" for source, licence in sorted(card.licenses.items())] or ["- not stated"]
+    page += _origins(card)
     for name, counter in counts.items():
         page += ["", f"## Rows by {name}", "", f"| {name} | rows |", "|---|---|"]
         page += [f"| {_cell(value)} | {number} |" for value, number in sorted(counter.items())]
     page += ["", "## Columns", "", "| column | type |", "|---|---|"]
     page += [f"| {_cell(name)} | `{_cell(kind)}` |" for name, kind in columns.items()]
-    if card.settings:
-        settings = yaml.safe_dump(_plain(card.settings), sort_keys=False, allow_unicode=True)
-        page += ["", "## Settings", "", "```yaml", settings.rstrip(), "```"]
-    top = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    return f"---\n{top}---\n\n" + "\n".join(page) + "\n"
+    return _text(header, [*page, *_settings(card)])
+
+
+def model_card_text(card: Card, kind: Kind, figures: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """A model's card, for people and the Hub.
+
+    Args:
+        card: what trained it, on what.
+        kind: MODEL or REWARD_MODEL.
+        figures: of the training; those that are no number or short text are left out.
+        versions: of the libraries.
+    """
+    spoken = "Reward model" if kind is Kind.REWARD_MODEL else "Policy"
+    page = [f"# {card.title}", "", f"{spoken}, made by the stage `{card.stage}` ({card.made_by}).", ""]
+    if kind is Kind.REWARD_MODEL:
+        page += ["It gives completions a score and can't be sampled from; `reward_model.json` says how to read it.", ""]
+    page += _origins(card)
+    page += ["", "## Figures", "", "| figure | value |", "|---|---|"]
+    page += [f"| {_cell(name)} | {_cell(str(value))} |" for name, value in figures.items() if _is_short(value)]
+    page += _settings(card)
+    page += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in versions.items())]
+    return _text({"library_name": "transformers", "tags": _tags(card, kind)}, page)
 
 
 def read_licenses(folder: Path) -> dict[str, str]:
@@ -95,6 +103,36 @@ def read_licenses(folder: Path) -> dict[str, str]:
         return {str(name): str(licence) for name, licence in sources.items()}
     licence = header.get("license")
     return {folder.resolve().name: str(licence)} if isinstance(licence, str) else {}
+
+
+def _tags(card: Card, kind: Kind) -> list[str]:
+    return list(dict.fromkeys(["align", kind.value, *card.stage.split()[:1]]))
+
+
+def _origins(card: Card) -> list[str]:
+    made_from = [f"- {name}: {what}" for name, what in card.inputs.items()] or ["- nothing else"]
+    licences = [f"- {source}: {licence}" for source, licence in sorted(card.licenses.items())] or ["- not stated"]
+    return ["## Made from", "", *made_from, "", "## Licences of the sources", "", *licences]
+
+
+def _settings(card: Card) -> list[str]:
+    import yaml
+
+    if not card.settings:
+        return []
+    settings = yaml.safe_dump(_plain(card.settings), sort_keys=False, allow_unicode=True)
+    return ["", "## Settings", "", "```yaml", settings.rstrip(), "```"]
+
+
+def _text(header: Mapping[str, Any], page: list[str]) -> str:
+    import yaml
+
+    top = yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)
+    return f"---\n{top}---\n\n" + "\n".join(page) + "\n"
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200)
 
 
 def _cell(value: str) -> str:
