@@ -195,7 +195,10 @@ def groups_on_disk(
             "sample more completions a prompt, at a higher temperature, or let gold answers fill in (answers=true)"
         )
     if not written["held_out"]:
-        raise DataError(f"no prompt is held out to gate the reward model on ({left_out}); give rows of the split `dev`")
+        raise DataError(
+            f"none of the {written['train']} prompts is held out to gate the reward model on; raise held_out_share, or "
+            "give rows of the split `dev`"
+        )
     opened = [datasets.Dataset.from_file(str(folder / name)) for name in ("train.arrow", "held_out.arrow")]
     return opened[0], opened[1]
 

@@ -83,6 +83,11 @@ def shape_of(columns: Sequence[str], kind: Kind | None, where: str) -> Shape:
         return lambda record, place: [_dialogue(record, kind, chat, place)]
     if kind is Kind.PROMPTS and pair:
         return lambda record, place: [_without(_preference(record, None, None, place), "chosen", "rejected")]
+    if pair and kind is Kind.DEMONSTRATIONS:
+        raise DataError(
+            f"{where}: these are preferences, demonstrations were expected; to learn from the chosen ones say "
+            "columns: {chosen: completion, rejected: null}"
+        )
     raise DataError(
         f"{where}: columns {', '.join(columns) or '(none)'} can't be read as {kind.value}; known are {KNOWN}. Name "
         "your columns with `columns`, such as columns: {my_question: prompt, my_answer: completion}"

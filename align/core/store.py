@@ -105,7 +105,8 @@ def _kind_of_folder(folder: Path) -> Kind:
 def _check_base(folder: Path, base: Any) -> None:
     """Whether the model that an adapter adapts is there, or may be on the Hub."""
     text = str(base or "")
-    if not Path(text).expanduser().is_dir() and (not _HUB_ID.fullmatch(text) or text.startswith(".")):
+    there = bool(text) and Path(text).expanduser().is_dir()
+    if not there and (not _HUB_ID.fullmatch(text) or text.startswith(".")):
         raise ModelError(
             f"{folder}: is a LoRA adapter of {text or 'an unnamed model'}, which isn't there; put that model back, or "
             "name its folder or Hub id as base_model_name_or_path in adapter_config.json"

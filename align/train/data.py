@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from align.core.errors import DataError
+from align.core.records import Messages
 
 TokenRow = Mapping[str, Sequence[int]]
 
@@ -41,7 +42,8 @@ def tokens_on_disk(path: Path, rows: Iterable[TokenRow | str], what: str) -> tup
     counts = Counter(json.loads(counts_file.read_text()))
     if not counts["rows"]:
         left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "there were none"
-        raise DataError(f"no {what} to train on: {left_out}")
+        remedy = "; raise max_length" if counts["too_long"] else ""
+        raise DataError(f"no {what} to train on: {left_out}{remedy}")
     return datasets.Dataset.from_file(str(path)), counts
 
 
@@ -99,6 +101,12 @@ def batch_order(
         batches = [near[i : i + global_batch_size] for i in range(0, len(near), global_batch_size)]
         parts += [batches[i] for i in rng.permutation(len(batches))]
     return np.concatenate(parts)
+
+
+def silent(messages: Messages) -> bool:
+    """Whether the assistant's turns have neither text nor a tool call: who learns from them learns to say nothing."""
+    turns = [message for message in messages if message["role"] == "assistant"]
+    return bool(turns) and not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in turns)
 
 
 def of_the_train_split(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any] | str]:

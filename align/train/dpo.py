@@ -67,7 +67,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         args=arguments,
         processing_class=tokenizer,
         train_dataset=pairs,
-        peft_config=models.lora_of(config),
+        peft_config=models.lora_of(config, policy),
         rows=len(pairs),
     )
     dpo.starts_at_reference = reference.fingerprint == policy.fingerprint
@@ -91,15 +91,19 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int]] | str]:
     """Each pair's ids, or why it is left out."""
     from align.core.chat import encode_pairs
+    from align.train.data import silent
 
     left_out: dict[str, int] = {}
 
     def training_rows() -> Iterator[Any]:
         for row in table.rows(["prompt_id", "split", "prompt", "chosen", "rejected"]):
-            if row["split"] == "train":
-                yield row
+            reason = f"split_{row['split']}" if row["split"] != "train" else ""
+            if not reason and silent(row["chosen"]):
+                reason = "empty_chosen"
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
             else:
-                left_out[row["split"]] = left_out.get(row["split"], 0) + 1
+                yield row
 
     for number, (prompt, chosen, rejected) in enumerate(encode_pairs(tokenizer, training_rows())):
         length = len(prompt) + max(len(chosen), len(rejected))
@@ -114,8 +118,8 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
             )
         else:
             yield "too_long"
-    for split, count in left_out.items():
-        yield from [f"split_{split}"] * count
+    for reason, count in left_out.items():
+        yield from [reason] * count
 
 
 def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools, lora: bool) -> Any:

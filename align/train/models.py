@@ -28,7 +28,10 @@ def load_tokenizer(model: ModelRef) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision or "main")
     except (OSError, ValueError) as problem:
-        raise ModelError(f"{model.name}: no tokenizer at {model.path}: {problem}") from problem
+        raise ModelError(
+            f"{model.name}: no tokenizer can be loaded from {model.path}: {_first_line(problem)}; save the tokenizer "
+            "into the model's folder (tokenizer.save_pretrained)"
+        ) from problem
     if tokenizer.chat_template is None:
         raise ModelError(
             f"{model.name}: its tokenizer has no chat template, so nobody knows what a turn looks like; add one as "
@@ -72,9 +75,18 @@ def load_policy(model: ModelRef, speed: Speed, frozen: bool = False) -> Any:
                     f"{len(info['missing_keys'])} weights are missing), which would be random; give a whole causal "
                     "language model"
                 )
-    except (OSError, ValueError) as problem:
-        raise ModelError(f"{model.name}: no causal language model at {model.path}: {problem}") from problem
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise ModelError(
+            f"{model.name}: no causal language model can be loaded from {model.path}: {_first_line(problem)}; give a "
+            "folder made by save_pretrained, or the id of a model on the Hub"
+        ) from problem
     return loaded
+
+
+def _first_line(problem: Exception) -> str:
+    """What the library's error says, without its advice; weights of other shapes it tells about in a table apart."""
+    first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    return "its weights have other shapes than its config.json says" if "mismatched_sizes" in first else first
 
 
 def source_dtype(model: ModelRef) -> torch.dtype:
@@ -91,18 +103,28 @@ def source_dtype(model: ModelRef) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def lora_of(settings: TrainSettings) -> Any:
-    """The adapters' configuration, or None where all weights are trained."""
+def lora_of(settings: TrainSettings, base: ModelRef) -> Any:
+    """The adapters' configuration, or None where all weights are trained.
+
+    Raises:
+        ModelError: they would be saved alone, and what they are trained on top of is nowhere on disk.
+    """
     if not settings.lora_rank:
         return None
     from peft import LoraConfig
 
+    if not settings.save_merged and (Path(base.path) / "adapter_config.json").exists():
+        raise ModelError(
+            f"{base.name}: is a LoRA adapter itself, and new adapters can't be saved on top of it; use save_merged=true"
+        )
+    targets = settings.lora_targets
     return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=base.revision,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_targets,
+        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
     )
 
 
@@ -132,6 +154,9 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, 
         if not is_peft_model(model):
             model = model.to(dtype)
             state = state and {name: tensor.to(dtype) for name, tensor in state.items()}
+        if is_peft_model(model) and Path(model.peft_config["default"].base_model_name_or_path).exists():
+            adapters = model.peft_config["default"]  # their base is found from any folder
+            adapters.base_model_name_or_path = str(Path(adapters.base_model_name_or_path).resolve())
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()

@@ -72,7 +72,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             args=arguments,
             processing_class=tokenizer,
             train_dataset=nothing,
-            peft_config=models.lora_of(config),
+            peft_config=models.lora_of(config, policy),
         )
         online.starts_at_reference = same
         online.train()

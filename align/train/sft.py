@@ -64,7 +64,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         args=arguments,
         processing_class=tokenizer,
         train_dataset=tokens.select_columns(["input_ids", "labels"]).select(order),
-        peft_config=models.lora_of(config),
+        peft_config=models.lora_of(config, base),
         rows=len(tokens),
     )
     sft.train_or_resume()
@@ -79,15 +79,19 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int]] | str]:
     """Each row's ids and labels, or why it is left out."""
     from align.core.chat import encode_demonstrations
+    from align.train.data import silent
 
     left_out: dict[str, int] = {}
 
     def training_rows() -> Iterator[Any]:
         for row in table.rows(["prompt_id", "split", "prompt", "completion"]):
-            if row["split"] == "train":
-                yield row
+            reason = f"split_{row['split']}" if row["split"] != "train" else ""
+            if not reason and silent(row["completion"]):
+                reason = "empty"
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
             else:
-                left_out[row["split"]] = left_out.get(row["split"], 0) + 1
+                yield row
 
     for number, (ids, labels) in enumerate(
         encode_demonstrations(tokenizer, training_rows(), config.supervise == "all_turns")
@@ -101,8 +105,8 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
             )
         else:
             yield "too_long"
-    for split, count in left_out.items():
-        yield from [f"split_{split}"] * count
+    for reason, count in left_out.items():
+        yield from [reason] * count
 
 
 def show(tokenizer: Any, ids: list[int], labels: list[int]) -> str:

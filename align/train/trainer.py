@@ -13,7 +13,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
-from align.core.errors import RunError
+from align.core.errors import RecipeError, RunError
 from align.core.stage import Tools
 from align.train.head import score_labelled_only
 from align.train.settings import Speed, TrainSettings
@@ -100,7 +100,15 @@ class OurTrainer:
 
     def __init__(self, settings: TrainSettings, tools: Tools, rows: int, **trl: Any) -> None:
         self.settings, self.tools = settings, tools
-        super().__init__(**trl)
+        try:
+            super().__init__(**trl)
+        except ValueError as problem:
+            if "Target modules" not in str(problem):
+                raise
+            raise RecipeError(
+                f"lora_targets: the model has no module {settings.lora_targets}; give names of its linear layers, "
+                "such as q_proj, or all-linear"
+            ) from problem
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)  # the step's own progress speaks
         self.rows = rows

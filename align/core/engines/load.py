@@ -70,8 +70,10 @@ def load_model(path: str, device: torch.device, dtype: str) -> Any:
             )
         if is_adapter:
             model = PeftModel.from_pretrained(model, path).merge_and_unload()
-    except (OSError, ValueError, KeyError) as problem:
-        first = str(problem).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        if "mismatched_sizes" in first:  # transformers tells which in a table apart
+            first = "its weights have other shapes than its config.json says"
         raise ModelError(f"{path}: it can't be loaded as a causal language model: {first}; {remedy}") from problem
     return model.to(device).eval()
 
