@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.errors import DataError, EngineError
 from align.core.records import COLUMNS, Kind
 from align.core.stage import Result, Tools
-from align.core.store import Table
+from align.core.store import TINY, Table
+from align.core.writer import write_rows
 from align.evaluate.evaluate import STAGE, Config
 from align.evaluate.scores import compare
+from align.pipeline import run
+from align.recipe import load_stage
 
 
 class Scripted:
@@ -114,6 +118,25 @@ def test_rows_hold_every_column_of_completions_and_what_the_model_read(tmp_path:
     assert rows[0]["rendered_prompt"] == "Q: question 1\nA:"
     assert rows[0]["prompt"] == [{"role": "user", "content": "question 1"}]
     assert rows[0]["completion"] == [{"role": "assistant", "content": "#### 4"}]
+
+
+def test_a_chat_prompt_is_stored_as_the_models_own_template_renders_it(tmp_path: Path) -> None:
+    """Through the pipeline, so that the engine lies behind its cache; a template of one's own shows whose it is."""
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}[answer] "
+    (model / "chat_template.jinja").write_text(template)
+    write_rows(tmp_path / "prompts", [math_row("1", "4")], Kind.PROMPTS)
+    arguments = [f"prompts={tmp_path / 'prompts'}", f"policy={model}", "samples=0", "max_tokens=4"]
+    run(load_stage("evaluate", [*arguments, f"out={tmp_path / 'out'}"]))
+    (row,) = Table.open(tmp_path / "out").rows()
+    assert row["rendered_prompt"] == "[user] question 1<|im_end|>[answer] "
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert row["rendered_prompt"] == tokenizer.apply_chat_template(
+        row["prompt"], tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_only_the_chosen_split_is_evaluated(tmp_path: Path) -> None:
