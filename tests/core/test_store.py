@@ -114,7 +114,7 @@ def test_a_model_folder_a_steps_folder_and_an_adapter_are_models(tmp_path: Path)
     assert (by_step.path, by_step.name) == (str(folder), "sft")
     adapter = tmp_path / "lora"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    (adapter / "adapter_config.json").write_text(f'{{"task_type": "CAUSAL_LM", "base_model_name_or_path": "{folder}"}}')
     save_file({"w": np.zeros(4)}, adapter / "adapter_model.safetensors")
     assert ModelRef.open(adapter, Kind.MODEL).kind is Kind.MODEL
 
