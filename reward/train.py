@@ -22,22 +22,23 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from align.core.errors import DataError, ModelError, RecipeError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
-from reward.batches import Encoded
 from reward.comparisons import groups_on_disk, read_groups
-from reward.fit import Objective, Schedule, Speed, encoded_pairs, fit, judge_groups
-from reward.gate import Judged, calibrate, figures
 from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, template_hash
-from reward.model import Card, Gate, RewardModel, load_reward_model
+
+if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
+    from reward.batches import Encoded
+    from reward.fit import Speed
+    from reward.gate import Judged
+    from reward.model import Gate, RewardModel
 
 
 class Config(StageConfig):
@@ -83,6 +84,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     """Prepares the groups, trains, keeps the best weights, gates, saves and loads again."""
     from accelerate import Accelerator
 
+    from reward.fit import Objective, Schedule, encoded_pairs, fit, judge_groups
+
     policy, completions = inputs["model"], inputs["completions"]
     assert isinstance(policy, ModelRef) and isinstance(completions, Table)
     if config.answers and "answer" not in completions.columns:
@@ -122,6 +125,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
     """The policy with the head that is asked for; dropout is off, and a scalar head small (std 1/√(d+1))."""
+    import torch
+
+    from reward.model import Card, RewardModel
+
     if not config.save_merged and _is_adapter(policy):
         raise RecipeError(
             f"save_merged: false, but {policy.name} is a LoRA adapter itself, which new adapters can't be saved on top "
@@ -152,6 +159,8 @@ def check_saved(folder: Path, probe: list[Encoded], scores: list[float], device:
     Raises:
         ModelError: they are not the same.
     """
+    from reward.model import load_reward_model
+
     again = load_reward_model(folder, device, "float32").score_encoded(probe)
     if not np.allclose(again, scores, rtol=1e-3, atol=1e-3):
         worst = max(range(len(scores)), key=lambda i: abs(again[i] - scores[i]))
@@ -201,6 +210,8 @@ def _with_adapters(model: Any, config: Config) -> Any:
 
 def _gates(config: Config, judged: list[Judged], absolute: list[bool]) -> dict[str, Gate] | None:
     """A gate for every family with verdicts among its held-out completions; None where there are only comparisons."""
+    from reward.gate import calibrate
+
     labelled = [group for group, known in zip(judged, absolute, strict=True) if known]
     if not labelled:
         return None
@@ -216,6 +227,8 @@ def _gates(config: Config, judged: list[Judged], absolute: list[bool]) -> dict[s
 
 def _report(gates: dict[str, Gate] | None, judged: list[Judged]) -> dict[str, Any]:
     """The figures that a person judges the reward model by, overall and by family, each with its gate."""
+    from reward.gate import figures
+
     families = sorted({group.family for group in judged})
     by_family = {}
     for family in families:
@@ -235,6 +248,10 @@ def _save(config: Config, judge: RewardModel, folder: Path) -> None:
 
 def _speed(given: Mapping[str, Any]) -> Speed:
     """On a CPU 8 prompts at once, on a GPU 1, unless told otherwise."""
+    import torch
+
+    from reward.fit import Speed
+
     device = str(given.get("device") or "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
