@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from align.core.manifest import Manifest
-from align.stages import TABLE
+from align.helptext import print_stage_help
+from align.stages import TABLE, load
 from tests.test_pipeline import ROOT, write
 
 
@@ -142,6 +145,16 @@ def test_the_help_of_a_stage_lists_every_input_and_setting_with_type_default_and
         assert line in shown, line
 
 
+@pytest.mark.parametrize("verb", TABLE)
+def test_the_help_of_every_stage_names_all_that_it_takes(verb: str) -> None:
+    stage, shown = load(verb), StringIO()
+    print_stage_help(stage, Console(width=140, file=shown))
+    first_words = {line.split()[0] for line in shown.getvalue().splitlines() if line.strip()}
+    assert {*stage.needs, *stage.engines, *stage.config.model_fields, "out", "seed"} <= first_words
+    assert f"Gives {stage.gives.value.replace('_', ' ')}" in shown.getvalue()
+    assert all(need.help for need in stage.needs.values()) and all(stage.engines.values())
+
+
 def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
     listed = align("recipes").stdout
     assert "quickstart " in listed
@@ -181,8 +194,6 @@ def test_a_row_is_traced_back_through_the_steps(tmp_path: Path) -> None:
 
 
 def test_the_ladder_shows_each_evaluation_with_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     from align.ladder import print_ladder
 
     part = {"score": 50.0, "low": 40.04, "high": 59.96, "n": 100}
