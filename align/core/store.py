@@ -34,7 +34,7 @@ class ModelRef:
         path: a folder, or a Hub id.
         kind: MODEL or REWARD_MODEL.
         name: how people know it: the step that made it, or the id.
-        fingerprint: of its content (a local folder's bytes; a Hub id with its revision).
+        fingerprint: of its content (a local folder's bytes, an adapter's with its base's; a Hub id with its revision).
         revision: of a Hub id, where one was given (`id@revision`).
     """
 
@@ -65,7 +65,7 @@ class ModelRef:
             if found is not kind:
                 raise ModelError(f"{text}: is a {_SPOKEN[found]}, a {_SPOKEN[kind]} was expected")
             default = text if text == "tiny" else folder.parent.name if folder.name == "model" else folder.name
-            return ModelRef(str(folder), kind, name or default, content_fingerprint(folder))
+            return ModelRef(str(folder), kind, name or default, content_fingerprint(folder, *_base_of(folder)))
         if text == "tiny":
             raise ModelError(
                 f"tiny: the checkpoint that the package carries is missing from {TINY}; reinstall the package"
@@ -102,11 +102,17 @@ def _kind_of_folder(folder: Path) -> Kind:
     return Kind.MODEL
 
 
+def _base_of(folder: Path) -> list[Path]:
+    """The folder of the model that an adapter adapts; none where the base is on the Hub, or this is no adapter."""
+    file = folder / "adapter_config.json"
+    base = str(_read_json(file).get("base_model_name_or_path") or "") if file.is_file() else ""
+    return [Path(base).expanduser()] if base and Path(base).expanduser().is_dir() else []
+
+
 def _check_base(folder: Path, base: Any) -> None:
     """Whether the model that an adapter adapts is there, or may be on the Hub."""
     text = str(base or "")
-    there = bool(text) and Path(text).expanduser().is_dir()
-    if not there and (not _HUB_ID.fullmatch(text) or text.startswith(".")):
+    if not _base_of(folder) and (not _HUB_ID.fullmatch(text) or text.startswith(".")):
         raise ModelError(
             f"{folder}: is a LoRA adapter of {text or 'an unnamed model'}, which isn't there; put that model back, or "
             "name its folder or Hub id as base_model_name_or_path in adapter_config.json"

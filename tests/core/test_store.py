@@ -116,7 +116,10 @@ def test_a_model_folder_a_steps_folder_and_an_adapter_are_models(tmp_path: Path)
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(f'{{"task_type": "CAUSAL_LM", "base_model_name_or_path": "{folder}"}}')
     save_file({"w": np.zeros(4)}, adapter / "adapter_model.safetensors")
-    assert ModelRef.open(adapter, Kind.MODEL).kind is Kind.MODEL
+    opened = ModelRef.open(adapter, Kind.MODEL)
+    assert opened.kind is Kind.MODEL
+    save_file({"w": np.ones(4)}, folder / "model.safetensors")
+    assert ModelRef.open(adapter, Kind.MODEL).fingerprint != opened.fingerprint, "its base is another one"
 
 
 @pytest.mark.parametrize("mark", ["file", "architecture"])
