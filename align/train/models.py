@@ -154,9 +154,11 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, 
         if not is_peft_model(model):
             model = model.to(dtype)
             state = state and {name: tensor.to(dtype) for name, tensor in state.items()}
-        if is_peft_model(model) and Path(model.peft_config["default"].base_model_name_or_path).exists():
-            adapters = model.peft_config["default"]  # their base is found from any folder
-            adapters.base_model_name_or_path = str(Path(adapters.base_model_name_or_path).resolve())
+        if is_peft_model(model):
+            adapters = model.peft_config["default"]
+            base = adapters.base_model_name_or_path
+            if base and Path(base).is_dir():  # so that it is found from any folder
+                adapters.base_model_name_or_path = str(Path(base).resolve())
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
