@@ -40,6 +40,11 @@ def mark_ours(folder: Path) -> None:
     (folder / _MARK).touch()
 
 
+def is_step(folder: Path) -> bool:
+    """Whether a folder is a step's own."""
+    return (folder / _MARK).exists()
+
+
 def check_ours(folder: Path, what: str) -> None:
     """Refuses a folder that holds things which no step made: a step's folder is emptied before it runs.
 

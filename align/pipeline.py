@@ -25,7 +25,7 @@ from align.core.stage import Result, Tools
 from align.core.store import ModelRef, Table
 from align.core.writer import DatasetWriter, disk_errors, replace_file
 from align.fingerprints import fingerprints, step_seed
-from align.folders import check_ours, check_space, disk_is_full, mark_ours, prepare
+from align.folders import check_ours, check_space, disk_is_full, is_step, mark_ours, prepare
 from align.inputs import Engines, engine_origins, open_inputs, origins
 from align.lock import locked
 from align.plan import Recipe, Step
@@ -188,6 +188,8 @@ def _card(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: Result)
 
 def _check_folders(recipe: Recipe, steps: list[Planned], overwrite: bool) -> None:
     """Refuses to write over what is not this recipe's, before anything runs."""
+    if not recipe.alone and is_step(recipe.out):
+        raise RunError(f"{recipe.out}: holds the result of a stage run alone; give the run another folder with out=")
     for planned in steps:
         if planned.done is None:
             check_ours(planned.folder, "the result" if recipe.alone else "the run")

@@ -401,6 +401,12 @@ def alone(tmp_path: Path, *arguments: str) -> Recipe:
     return load_stage("tests.fakes:MAKE", [f"out={tmp_path / 'out'}", *arguments])
 
 
+def test_a_run_is_refused_in_the_folder_of_a_stage_that_was_run_alone(tmp_path: Path) -> None:
+    run(alone(tmp_path, "count=4"))
+    with pytest.raises(RunError, match="holds the result of a stage run alone; give the run another folder"):
+        run(load_recipe(write(tmp_path), out=tmp_path / "out"))
+
+
 def test_a_stage_alone_writes_its_result_into_out(tmp_path: Path) -> None:
     run(alone(tmp_path, "count=4"))
     assert len(rows(tmp_path / "out")) == 4

@@ -106,7 +106,7 @@ def load_template(setting: str, shipped: Path, needs: Iterable[str]) -> str:
                 f"template {setting!r}: no such file, and no shipped template ({names}); a template's text "
                 "itself holds a placeholder such as {instruction}"
             )
-        text = found.read_text(encoding="utf-8").strip()
+        text = found.read_text(encoding="utf-8").removesuffix("\n")  # a space at the end may be meant
     missing = sorted(set(needs) - set(_PLACEHOLDER.findall(text)))
     if missing:
         raise DataError(f"template {setting!r}: lacks {', '.join(f'{{{name}}}' for name in missing)}")

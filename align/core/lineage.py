@@ -153,8 +153,12 @@ def _row_at(table: Table, number: int, row_id: str) -> Row:
 def render_trace(links: Sequence[Link]) -> str:
     """The way back as text, a block for each step, for `align trace`."""
     lines: list[str] = []
-    picked: dict[str, str] = {
-        side: _text(row[side]) for link in links for row in link.rows for side in ("chosen", "rejected") if side in row
+    picked = {
+        side: (_text(row[side]), row.get(generator), row.get(f"{side}_index"))
+        for link in links
+        for row in link.rows
+        for side, generator in (("chosen", "generator"), ("rejected", "rejected_generator"))
+        if side in row
     }
     for link in links:
         sampled = "".join(f", {role} {name}" for role, name in link.engines.items())
@@ -168,7 +172,7 @@ def render_trace(links: Sequence[Link]) -> str:
     return "\n".join(lines)
 
 
-def _row_lines(row: Row, picked: Mapping[str, str]) -> Iterator[str]:
+def _row_lines(row: Row, picked: Mapping[str, tuple[str, Any, Any]]) -> Iterator[str]:
     if "chosen" in row:
         yield f"margin {row.get('margin')}, split {row.get('split')}"
         for side, reward, generator in (
@@ -179,13 +183,19 @@ def _row_lines(row: Row, picked: Mapping[str, str]) -> Iterator[str]:
     if "completion" in row:
         text = _text(row["completion"])
         scores = ", ".join(f"{name} {row[name]}" for name in _SCORES if row.get(name) not in (None, ""))
-        mark = next((f"  <- {side}" for side, said in picked.items() if said == text), "")
+        this = (text, row.get("generator"), row.get("sample_index"))
+        mark = next((f"  <- {side}" for side, one in picked.items() if _same(one, this)), "")
         yield f"completion {row.get('sample_index')} ({scores}): {_short(text)}{mark}"
         return
     yield f"prompt: {_short(_text(row['prompt']))}"
     for name in ("tags", "task", "family", "reference", "split", "parent_id"):
         if row.get(name):
             yield f"{name}: {', '.join(row[name]) if name == 'tags' else _short(str(row[name]))}"
+
+
+def _same(one: tuple[str, Any, Any], other: tuple[str, Any, Any]) -> bool:
+    """Whether a pair's side is this completion; what the pair doesn't say of it (generator, index) is not held to it."""
+    return one[0] == other[0] and all(a is None or a == b for a, b in zip(one[1:], other[1:], strict=True))
 
 
 def _text(messages: Any) -> str:

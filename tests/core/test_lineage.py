@@ -86,6 +86,17 @@ def test_a_pair_goes_back_through_completions_tags_and_parent_to_the_source(run:
     assert text.splitlines()[-1] == "source  math.jsonl, row 11 (from 0)"
 
 
+def test_of_two_completions_with_the_same_text_only_the_paired_one_is_marked(run: Path):
+    rows = [a_completion(2, 0, "five", True), a_completion(2, 1, "six", False), a_completion(2, 2, "five", True)]
+    step(run, "sample", "reject", Kind.COMPLETIONS, rows, prompts="tagged")
+    pair = a_pair(2) | {"chosen_index": 2, "rejected_index": 1}
+    step(run, "pairs", "pair", Kind.PREFERENCES, [a_pair(0), pair], completions="sample")
+    marked = [line.strip() for line in render_trace(trace(run, "pairs/1")).splitlines() if "<-" in line]
+    assert [(line.split(" (")[0], line.split("<- ")[1]) for line in marked] == [
+        ("completion 1", "rejected"), ("completion 2", "chosen"),
+    ]  # fmt: skip
+
+
 def test_a_prompts_id_gives_all_that_was_made_of_it(run: Path):
     assert [link.step for link in trace(run, "p2")] == ["demos", "pairs", "sample", "tagged", "evolve", "prompts"]
     assert [link.step for link in trace(run, "p1")] == ["prompts"]
