@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from align.core.chat import encode_pairs
-from align.core.errors import RunError
+from align.core.errors import DataError, RunError
 from align.core.stage import Tools
 from align.core.store import ModelRef, Table
 from align.train.dpo import STAGE, Config
@@ -200,14 +200,19 @@ def test_lora_after_lora_stays_near_the_first_adapters_and_not_the_base(tmp_path
     assert abs(first["logps/chosen"] - np.mean(untrained.train_dataset["ref_chosen_logps"])) > 1.0
 
 
-def test_a_fallen_log_probability_of_the_chosen_is_said(tmp_path: Path) -> None:
-    settings = QUICK | {"learning_rate": 5e-2, "epochs": 6.0, "beta": 0.01, "warn_chosen_drop": 0.5}
-    summary, progress = steps.run(STAGE, tmp_path / "dpo", inputs(tmp_path), settings | {"losses": ["bco_pair"]})
+@pytest.mark.parametrize(("loss", "falls"), [("apo_down", True), ("sigmoid", False)])
+def test_a_fallen_log_probability_of_the_chosen_is_said(tmp_path: Path, loss: str, falls: bool) -> None:
+    """APO-down lowers chosen and rejected; under DPO's own loss the chosen rise here, where pairs are so easy."""
+    settings = QUICK | {"learning_rate": 5e-2, "epochs": 6.0, "beta": 0.01, "warn_chosen_drop": 0.5, "losses": [loss]}
+    summary, progress = steps.run(STAGE, tmp_path / "dpo", inputs(tmp_path), settings)
     change = summary["chosen_logp_change"]
     logps = [line["rewards/chosen"] / 0.01 for line in steps.curves(tmp_path / "dpo")]
     assert change == pytest.approx(logps[-1], rel=1e-4)
-    assert ("warnings" in summary) == (change < -0.5)
-    assert any(line.startswith("warning:") for line in progress.said) == (change < -0.5)
+    assert (change < -0.5) == falls
+    assert [line for line in progress.said if line.startswith("warning: the chosen completions lost")] == (
+        [f"warning: {text}" for text in summary["warnings"]] if falls else []
+    )
+    assert ("warnings" in summary) == falls
 
 
 def test_pairs_left_out_are_counted_by_reason(tmp_path: Path) -> None:
@@ -220,6 +225,8 @@ def test_pairs_left_out_are_counted_by_reason(tmp_path: Path) -> None:
     summary, _ = steps.run(STAGE, tmp_path / "dpo", given, QUICK)
     left_out = (summary["identical"], summary["split_test"], summary["too_long"])
     assert (*left_out, summary["rows"]) == (1, 1, 1, 9)
+    with pytest.raises(DataError, match=r"pair 1 of the train split has \d+ tokens, max_length is 128"):
+        steps.run(STAGE, tmp_path / "other", given, QUICK | {"too_long": "error"})
 
 
 @pytest.mark.parametrize(
