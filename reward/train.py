@@ -148,7 +148,7 @@ def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         weight.copy_(noise / math.sqrt(weight.shape[1] + 1))
     if config.lora_rank:
-        model = _with_adapters(model, config)
+        model = _with_adapters(model, config, policy.revision)
     coef = config.coef if config.head == "logprob" else 1.0
     return RewardModel(model, tokenizer, Card(config.head, coef, None, policy.name, template_hash(tokenizer)))
 
@@ -193,7 +193,7 @@ def _is_adapter(policy: ModelRef) -> bool:
     return (Path(policy.path) / "adapter_config.json").is_file()
 
 
-def _with_adapters(model: Any, config: Config) -> Any:
+def _with_adapters(model: Any, config: Config, revision: str | None) -> Any:
     """LoRA on every linear layer; the scalar head is trained and saved whole, or it would stay as it was drawn."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -202,6 +202,7 @@ def _with_adapters(model: Any, config: Config) -> Any:
         task_type=TaskType.SEQ_CLS if scalar else TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        revision=revision,
         target_modules="all-linear",
         modules_to_save=["score"] if scalar else None,
     )
@@ -241,6 +242,10 @@ def _report(gates: dict[str, Gate] | None, judged: list[Judged]) -> dict[str, An
 def _save(config: Config, judge: RewardModel, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model = judge.model.merge_and_unload() if config.lora_rank and config.save_merged else judge.model
+    if config.lora_rank and not config.save_merged:
+        adapters = model.peft_config["default"]
+        if Path(adapters.base_model_name_or_path).is_dir():  # so that the base is found from any folder
+            adapters.base_model_name_or_path = str(Path(adapters.base_model_name_or_path).resolve())
     model.save_pretrained(folder)
     judge.tokenizer.save_pretrained(folder)
     judge.card.write(folder)

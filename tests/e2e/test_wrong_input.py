@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from reward.model import load_reward_model
 from tests.e2e.command import align, jsonl, manifest, refused
 from tests.train.tiny import save_model
 
@@ -25,6 +26,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         align("sft", "model=base", "demonstrations=d.jsonl", "lora_rank=2", "save_merged=false", "out=lora")
+        align("reward", "model=base", "completions=p.jsonl", "lora_rank=2", "save_merged=false", "held_out_share=0.5",
+              "out=judge")  # fmt: skip
     return folder
 
 
@@ -75,6 +78,7 @@ def test_adapters_find_their_base_from_any_folder_and_none_are_saved_on_top_of_o
 ) -> None:
     monkeypatch.chdir(tmp_path)
     align(*sft(files, tmp_path, model=files / "lora"))
+    load_reward_model(files / "judge" / "model")
     said = refused(*sft(files, tmp_path / "b", "lora_rank=2", "save_merged=false", model=files / "lora"))
     assert "is a LoRA adapter itself" in said and "save_merged=true" in said
 
