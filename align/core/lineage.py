@@ -194,7 +194,7 @@ def _row_lines(row: Row, picked: Mapping[str, tuple[str, Any, Any]]) -> Iterator
 
 
 def _same(one: tuple[str, Any, Any], other: tuple[str, Any, Any]) -> bool:
-    """Whether a pair's side is this completion; what the pair doesn't say of it (generator, index) is not held to it."""
+    """Whether a side of a pair is this completion, as far as the pair tells (its generator and index may be None)."""
     return one[0] == other[0] and all(a is None or a == b for a, b in zip(one[1:], other[1:], strict=True))
 
 
