@@ -188,16 +188,16 @@ def groups_on_disk(
                 }
             )
             written["held_out" if group.held_out else "train"] += 1
-    left_out = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "the table is empty"
+    left_out = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
     if not written["train"]:
         raise DataError(
-            f"no prompt of the split `train` has both better and worse completions to compare ({left_out}); "
+            f"no prompt of the split `train` has both better and worse completions to compare ({left_out or 'the table is empty'}); "
             "sample more completions a prompt, at a higher temperature, or let gold answers fill in (answers=true)"
         )
     if not written["held_out"]:
         raise DataError(
-            f"none of the {written['train']} prompts is held out to gate the reward model on; raise held_out_share, or "
-            "give rows of the split `dev`"
+            f"none of the {written['train']} prompts is held out to gate the reward model on (left out: "
+            f"{left_out or 'nothing'}); raise held_out_share, or give rows of the split `dev`"
         )
     opened = [datasets.Dataset.from_file(str(folder / name)) for name in ("train.arrow", "held_out.arrow")]
     return opened[0], opened[1]

@@ -138,6 +138,19 @@ def test_groups_go_to_disk_as_ids_cut_to_both_sides_and_held_out_ones_whole(tmp_
     assert train[0]["length"] == max(len(one) for one in train[0]["ids"])
 
 
+def test_completions_that_are_too_long_are_left_out_whole_and_counted(tmp_path: Path) -> None:
+    """Of prompt a a right one is too long and another is not; prompt b has only its wrong one left."""
+    long = "7 " * 99
+    rows = [row("a", text, verdict) for text, verdict in ((long, "passed"), ("7", "passed"), ("8", "failed"))]
+    rows += [row("b", long, "passed"), row("b", "8", "failed"), row("d", "7", "passed", split="dev")]
+    counts: Counter[str] = Counter()
+    groups = read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, 0.1, False, counts)
+    train, _ = groups_on_disk(tmp_path / "groups", groups, make_tokenizer(), 3, 64, counts)
+    assert [group["values"] for group in train] == [[1.0, 0.0]]
+    assert counts["completions longer than max_length"] == 2
+    assert counts["prompts left with one side only"] == 1
+
+
 def test_nothing_to_compare_is_an_error_that_says_what_was_left_out(tmp_path: Path) -> None:
     rows = [row("a", "7", "passed"), row("d", "7", "passed", split="dev")]
     counts: Counter[str] = Counter()
@@ -146,5 +159,5 @@ def test_nothing_to_compare_is_an_error_that_says_what_was_left_out(tmp_path: Pa
         groups_on_disk(tmp_path / "groups", groups, make_tokenizer(), 3, 64, counts)
     rows = [row("a", "7", "passed"), row("a", "8", "failed"), row("d", "7 " * 99, "passed", split="dev")]
     groups = read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, 0.1, False, Counter())
-    with pytest.raises(DataError, match="held out"):
+    with pytest.raises(DataError, match=r"none of the 1 prompts is held out.*1 completions longer than max_length"):
         groups_on_disk(tmp_path / "groups", groups, make_tokenizer(), 3, 64, Counter())
