@@ -191,8 +191,9 @@ def groups_on_disk(
     left_out = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
     if not written["train"]:
         raise DataError(
-            f"no prompt of the split `train` has both better and worse completions to compare ({left_out or 'the table is empty'}); "
-            "sample more completions a prompt, at a higher temperature, or let gold answers fill in (answers=true)"
+            "no prompt of the split `train` has both better and worse completions to compare "
+            f"({left_out or 'the table is empty'}); sample more completions a prompt, at a higher "
+            "temperature, or let gold answers fill in (answers=true)"
         )
     if not written["held_out"]:
         raise DataError(
