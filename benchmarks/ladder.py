@@ -15,6 +15,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def run(seed: int, folder: Path) -> dict[str, Manifest]:
     return {path.parent.name: Manifest.read(path.parent) for path in (folder / "run").glob("*/manifest.json")}
 
 
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    model = models[0].split(":", 1)[1].strip() if models else platform.machine()
+    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
+
+
 def mean_and_error(values: list[float]) -> dict[str, float]:
     """Mean and standard error of the mean."""
     mean = sum(values) / len(values)
@@ -99,7 +108,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "what": "verified score in % on the test split of the tiny world, 750 instructions",
         "date": datetime.date.today().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system()},
+        "machine": machine(),
         "versions": versions(),
         "seeds": options.seeds,
         "seconds": {s: round(sum(m.seconds for m in steps.values())) for s, steps in runs.items()},
