@@ -1,4 +1,9 @@
-"""Real stages with the shipped model, killed with SIGKILL at several moments: same result, nothing sampled twice."""
+"""Real stages with the shipped model, killed with SIGKILL at several moments: same result, nothing sampled twice.
+
+What is sampled after a kill is sampled beside other prompts than without one, so its logits differ by float rounding.
+Where a draw lies within that of the border between two tokens (with seed 5 one is 6e-8 away), another token is chosen.
+With seed 6 the nearest of all 2,266 draws is 1.5e-5 away, so that the rows must be equal.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from align.core.store import TINY, Table
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
 name: killed
-seed: 5
+seed: 6
 steps:
   prompts:
     stage: prompts
