@@ -22,7 +22,7 @@ from align.core.errors import DataError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
-from align.train.settings import DPOSettings, Speed
+from align.train.settings import LOSS_OVER, DPOSettings, Speed
 
 
 class Config(DPOSettings):
@@ -78,7 +78,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     models.save_policy(dpo, tokenizer, tools.out / "model", models.source_dtype(policy), merged=config.save_merged)
 
     summary = dpo.summary() | dict(counts)
-    summary |= {"base": policy.name, "reference": reference.name, "chosen_logp_change": dpo.chosen_change()}
+    summary |= {"base": policy.name, "reference": reference.name, "loss_over": LOSS_OVER}
+    summary["chosen_logp_change"] = dpo.chosen_change()
     if summary["chosen_logp_change"] < -config.warn_chosen_drop:
         summary["warnings"] = [
             f"the chosen completions lost {-summary['chosen_logp_change']:.1f} nats of log-probability (likelihood "

@@ -24,7 +24,7 @@ from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.train.online_settings import Config
-from align.train.settings import Speed
+from align.train.settings import LOSS_OVER, Speed
 
 
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
@@ -83,7 +83,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             "prompts, or another scorer"
         )
     models.save_policy(online, tokenizer, tools.out / "model", models.source_dtype(policy), merged=config.save_merged)
-    return Result(summary=summary(online) | {"base": policy.name, "reference": reference.name})
+    about = {"base": policy.name, "reference": reference.name, "loss_over": LOSS_OVER}
+    return Result(summary=summary(online) | about)
 
 
 def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed) -> Any:

@@ -126,7 +126,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         if self.nll_weight:
             chosen, tokens = log_probs.chunk(2)[0].sum(1), mask.chunk(2)[0].sum(1)
             nll = -(chosen / tokens).mean()
-            self._metrics["train"]["nll"].append(nll.item())
+            self._metrics["train"]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
             loss = loss + self.nll_weight * nll
         return loss
 

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from align.core.errors import RecipeError
 from align.core.stage import StageConfig
 
+LOSS_OVER = "pairs of the global batch, all processes"
+"""What the preference losses are averaged over, for the manifest: no split of a global batch changes it."""
+
 
 class TrainSettings(StageConfig):
     """Names as in transformers and TRL, flat."""

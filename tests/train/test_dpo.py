@@ -209,6 +209,7 @@ def test_a_fallen_log_probability_of_the_chosen_is_said(tmp_path: Path, loss: st
     logps = [line["rewards/chosen"] / 0.01 for line in steps.curves(tmp_path / "dpo")]
     assert change == pytest.approx(logps[-1], rel=1e-4)
     assert (change < -0.5) == falls
+    assert summary["loss_over"] == "pairs of the global batch, all processes"
     assert [line for line in progress.said if line.startswith("warning: the chosen completions lost")] == (
         [f"warning: {text}" for text in summary["warnings"]] if falls else []
     )

@@ -70,7 +70,7 @@ def assert_same_weights(runs: Path, name: str, atol: float) -> None:
 def test_dpo_makes_the_weights_and_the_curves_of_one_process(runs: Path, name: str) -> None:
     assert_same_weights(runs, name, 2e-6)
     for a, b in zip(steps.curves(runs / f"one-{name}"), steps.curves(runs / f"two-{name}"), strict=True):
-        for figure in ("loss", "rewards/margins", "logps/chosen"):
+        for figure in ("loss", "nll", "rewards/margins", "logps/chosen"):
             assert b[figure] == pytest.approx(a[figure], abs=1e-4), figure
 
 
