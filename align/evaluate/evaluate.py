@@ -18,7 +18,6 @@ from itertools import tee
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
-from reward.verifiers import Verifiers
 
 from align.core.chat import prompt_ids
 from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
@@ -28,6 +27,7 @@ from align.core.records import Kind, Message, Row, Verdict
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.evaluate.scores import Tally
+from reward.verifiers import Verifiers
 
 
 class Config(StageConfig):
