@@ -19,7 +19,9 @@ Scalar = TypeVar("Scalar", bound=str | int)
 class Speed(StageConfig):
     """How fast but not what: no part of a fingerprint, so changing it re-runs nothing."""
 
-    device: str = Field("auto", description="cpu, cuda, cuda:1; auto is a CUDA device where there is one")
+    device: str = Field(
+        "auto", description="cpu, cuda, or for engines cuda:1; auto is a CUDA device where there is one"
+    )
 
 
 class TrainSpeed(Speed):

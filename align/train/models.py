@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
 from align.core.chat import end_of_turn_id
-from align.core.errors import ModelError
+from align.core.errors import ModelError, RunError
 from align.core.store import ModelRef
 from align.train.settings import Speed, TrainSettings
 
@@ -135,6 +136,20 @@ def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [*ends, *({end_of_turn_id(tokenizer)} - set(ends))]
 
 
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuses weights that the last step has ruined; no loss was computed after it that would have told.
+
+    Raises:
+        RunError: a weight is infinite or no number.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise RunError(
+                f"the training diverged: {name} holds numbers that are infinite or NaN, so no model is written; "
+                "lower learning_rate, or clip the gradient (max_grad_norm)"
+            )
+
+
 def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, merged: bool) -> None:
     """Writes the trained model with its tokenizer: full weights, or the adapters where `merged` is false.
 
@@ -149,6 +164,7 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, 
             if hasattr(config, "output_router_logits"):
                 config.output_router_logits = False  # the trainer turned it on, for the balancing loss of experts
         stop_at_end_of_turn(model, tokenizer)
+        check_finite(state or dict(model.named_parameters()))
         if is_peft_model(model) and merged:
             model, state = model.float().merge_and_unload(), None
         if not is_peft_model(model):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig
 
 from align.core.chat import encode_demonstrations
-from align.core.errors import DataError, ModelError
+from align.core.errors import DataError, ModelError, RunError
 from align.core.stage import Tools
 from align.core.store import ModelRef, Table
 from align.train import models, trainer
@@ -41,6 +41,7 @@ def test_a_model_learns_its_demonstrations_and_is_written_whole(tmp_path: Path) 
     assert lines[0]["loss"] == pytest.approx(math.log(make_model().config.vocab_size), rel=0.05)
     assert summary["loss"] < 1.0
     assert (summary["steps"], summary["rows"], summary["base"]) == (60, 24, "base")
+    assert summary["loss_over"] == "supervised tokens of the global batch, all processes"
     assert "⟦The answer is 0.<|im_end|>⟧" in progress.said[0].replace("\x1b[32m", "").replace("\x1b[0m", "")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
@@ -183,6 +184,14 @@ def test_weights_are_written_in_the_precision_of_the_model_they_came_from(tmp_pa
     make_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     steps.run(STAGE, tmp_path / "sft", given, QUICK)
     assert {tensor.dtype for tensor in steps.weights(tmp_path / "sft").values()} == {torch.bfloat16}
+
+
+def test_no_model_is_written_of_weights_that_the_last_step_has_ruined(tmp_path: Path) -> None:
+    """One step: its loss was computed before it, so no later one tells that it blew up."""
+    ruin = {"learning_rate": 1e38, "epochs": 1.0, "lr_scheduler": "constant", "max_grad_norm": 0.0}
+    with pytest.raises(RunError, match=r"the training diverged: .* lower learning_rate"):
+        steps.run(STAGE, tmp_path / "sft", inputs(tmp_path, 8), QUICK | ruin)
+    assert not (tmp_path / "sft" / "model").exists()
 
 
 def test_the_first_row_is_shown_with_its_supervised_tokens_marked() -> None:
