@@ -20,7 +20,7 @@ class Speed(StageConfig):
     """How fast but not what: no part of a fingerprint, so changing it re-runs nothing."""
 
     device: str = Field(
-        "auto", description="cpu, cuda, or for engines cuda:1; auto is a CUDA device where there is one"
+        "auto", description="cpu, cuda, or cuda:1 for an engine; auto is a GPU where there is one"
     )
 
 
