@@ -19,9 +19,7 @@ Scalar = TypeVar("Scalar", bound=str | int)
 class Speed(StageConfig):
     """How fast but not what: no part of a fingerprint, so changing it re-runs nothing."""
 
-    device: str = Field(
-        "auto", description="cpu, cuda, or cuda:1 for an engine; auto is a GPU where there is one"
-    )
+    device: str = Field("auto", description="cpu, cuda, or cuda:1 for an engine; auto is a GPU where there is one")
 
 
 class TrainSpeed(Speed):
