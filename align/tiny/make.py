@@ -1,7 +1,7 @@
 """`align make-tiny`: trains the tokenizer and the base model of the embedded world from nothing but `corpus.py`.
 
 A Qwen2-architecture model of 0.84 million parameters; Muon on the matrices, AdamW on the rest (Muon: Keller Jordan,
-2024; `torch.optim.Muon`), cosine schedule, instruction tokens weighted 0.2. About eight minutes on two cores.
+2024; `torch.optim.Muon`), cosine schedule, instruction tokens weighted 0.2. Nine to ten minutes on two cores.
 """
 
 from __future__ import annotations
