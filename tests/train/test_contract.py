@@ -93,4 +93,6 @@ def test_reading_a_stage_s_contract_loads_no_torch() -> None:
         "assert o.STAGE.config().episodes == 3\n"
         "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
