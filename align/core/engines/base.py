@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from align.core.errors import EngineError
 from align.core.records import Messages
 
 Prompt = Messages | str | Sequence[int]
@@ -22,18 +24,63 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p: nucleus; 1 is off.
         top_k: 0 is off.
+        min_p: tokens less likely than this share of the likeliest one's probability are left out; 0 is off
+            (arXiv:2407.01082).
+        repetition_penalty: the logits of tokens that the prompt or the completion has already are divided by it where
+            positive and multiplied where negative; 1 is off (arXiv:1909.05858).
         stop: texts that end a completion (not part of it); the model's own end-of-turn token always does.
+        stop_token_ids: further tokens that end a completion, like the model's own.
         seed: with the prompt and the sample's index it decides a sample's randomness, whatever else is in the batch.
-        logprobs: also give the log-probability of each sampled token under the sampling model at temperature 1.
+        logprobs: also give the log-probability of each sampled token under the sampling model at temperature 1,
+            before penalties and before any token is left out.
+        json_schema: a JSON schema, as JSON text; the completion is a JSON document that fits it, unless max_tokens cuts
+            it off. "{}" is any JSON.
+        choices: the completion is one of these texts, none of them empty; not together with `json_schema`.
     """
 
     max_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     logprobs: bool = False
+    json_schema: str | None = None
+    choices: tuple[str, ...] = ()
+
+    def check(self, n: int = 1) -> None:
+        """Refuses what no engine can do; every engine calls it before it samples `n` completions a prompt.
+
+        Raises:
+            EngineError: a value is out of its range; all such values are named.
+        """
+        ranges = {
+            "n": (n, n >= 1, "1 or more"),
+            "max_tokens": (self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            "temperature": (self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (self.top_p, 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            "top_k": (self.top_k, self.top_k >= 0, "0 (off) or more"),
+            "min_p": (self.min_p, 0 <= self.min_p <= 1, "0 (off) to 1"),
+            "repetition_penalty": (self.repetition_penalty, self.repetition_penalty > 0, "above 0; 1 is off"),
+            "stop_token_ids": (self.stop_token_ids, min(self.stop_token_ids, default=0) >= 0, "token ids of 0 or more"),
+            "choices": (self.choices, all(self.choices), "texts that are not empty"),
+        }
+        wrong = [f"{name}: found {value}, expected {want}" for name, (value, good, want) in ranges.items() if not good]
+        if self.json_schema is not None:
+            try:
+                schema = json.loads(self.json_schema)
+            except ValueError as problem:
+                wrong.append(f"json_schema: it is no JSON ({problem})")
+            else:
+                if not isinstance(schema, (dict, bool)):
+                    wrong.append(f"json_schema: found {type(schema).__name__}, expected a JSON object")
+            if self.choices:
+                wrong.append("json_schema and choices: only one of them can be met; leave one out")
+        if wrong:
+            raise EngineError("sampling parameters: " + "; ".join(wrong))
 
 
 @dataclass(frozen=True, slots=True)

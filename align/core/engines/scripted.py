@@ -63,6 +63,7 @@ class ScriptedEngine:
         self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
     ) -> Iterator[tuple[int, int, Completion]]:
         """See `Engine`. A token is a word with the space before it; its id is the word's CRC-32."""
+        params.check(n)
         numbered = enumerate(prompts)
         while block := list(islice(numbered, self._ahead)):
             for number, prompt in reversed(block):

@@ -99,7 +99,7 @@ class TransformersEngine:
         self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
     ) -> Iterator[tuple[int, int, Completion]]:
         """See `Engine`. Reads prompts in blocks of twice as many samples as there are slots."""
-        _check(n, params)
+        params.check(n)
         if self._live:
             self.refresh()
         decoder: Decoder
@@ -204,16 +204,3 @@ class TransformersEngine:
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             return f"the prompt has token ids outside the model's vocabulary of {vocabulary}"
         return ""
-
-
-def _check(n: int, params: SamplingParams) -> None:
-    ranges = {
-        "n": (n, n >= 1, "1 or more"),
-        "max_tokens": (params.max_tokens, params.max_tokens >= 1, "1 or more"),
-        "temperature": (params.temperature, params.temperature >= 0, "0 (greedy) or more"),
-        "top_p": (params.top_p, 0 < params.top_p <= 1, "above 0, at most 1 (off)"),
-        "top_k": (params.top_k, params.top_k >= 0, "0 (off) or more"),
-    }
-    wrong = [f"{name}: found {value}, expected {want}" for name, (value, good, want) in ranges.items() if not good]
-    if wrong:
-        raise EngineError("sampling parameters: " + "; ".join(wrong))
