@@ -75,7 +75,7 @@ class SamplingParams:
             except ValueError as problem:
                 wrong.append(f"json_schema: it is no JSON ({problem})")
             else:
-                if not isinstance(schema, (dict, bool)):
+                if not isinstance(schema, dict):
                     wrong.append(f"json_schema: found {type(schema).__name__}, expected a JSON object")
             if self.choices:
                 wrong.append("json_schema and choices: only one of them can be met; leave one out")

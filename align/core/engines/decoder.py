@@ -33,6 +33,10 @@ class Decoder(Protocol):
         """Feeds one token to each row, (B,); gives the logits of the next, (B, V)."""
         ...
 
+    def alone(self, ids: list[int]) -> Tensor:
+        """The logits after a text, (V,), computed from the start with nothing beside it; the rows stay as they are."""
+        ...
+
     def drop(self, finished: list[int]) -> list[int]:
         """Takes rows out. Returns what is left in its new order: row i was row `order[i]`."""
         ...

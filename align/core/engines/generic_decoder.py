@@ -59,6 +59,12 @@ class GenericDecoder:
         self.mask = torch.cat((self.mask, self.mask.new_ones(len(self.mask), 1)), -1)
         return self._forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1)[self.index]
 
+    def alone(self, ids: list[int]) -> Tensor:
+        """See `Decoder`."""
+        row = torch.tensor([ids], device=self.device)
+        logits: Tensor = self._run(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, -1]
+        return logits
+
     def drop(self, finished: list[int]) -> list[int]:
         """See `Decoder`."""
         gone = set(finished)
@@ -76,23 +82,26 @@ class GenericDecoder:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits at the last position; ids (B, T), the cache grows by T."""
-        # The balancing loss of experts, which a trained config may ask for, cannot be had over a cache.
-        inputs = {"position_ids": positions, "logits_to_keep": 1, "output_router_logits": False}
-        training = self.model.training
-        self.model.eval()  # a live policy may be in training mode: no dropout while it samples
-        try:
-            out = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                **{name: value for name, value in inputs.items() if name in self.takes},
-            )
-        finally:
-            self.model.train(training)
+        out = self._run(
+            input_ids=ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **({"position_ids": positions} if "position_ids" in self.takes else {}),
+        )
         self.cache = getattr(out, "past_key_values", None)
         if not hasattr(self.cache, "reorder_cache"):
             kind = type(bare_model(self.model)).__name__
             raise EngineError(f"{kind}: it keeps its state in a form this engine can't share between samples; use vLLM")
         logits: Tensor = out.logits[:, -1]
         return logits
+
+    def _run(self, **inputs: Any) -> Any:
+        # The balancing loss of experts, which a trained config may ask for, cannot be had over a cache.
+        more = {"logits_to_keep": 1, "output_router_logits": False}
+        training = self.model.training
+        self.model.eval()  # a live policy may be in training mode: no dropout while it samples
+        try:
+            return self.model(**inputs, **{name: value for name, value in more.items() if name in self.takes})
+        finally:
+            self.model.train(training)

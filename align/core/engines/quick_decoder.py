@@ -146,6 +146,18 @@ class QuickDecoder:
         self.lengths += 1
         return self._logits(x)
 
+    def alone(self, ids: list[int]) -> Tensor:
+        """See `Decoder`."""
+        self._tabulate(len(ids))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+        x = F.embedding(torch.tensor(ids, device=self.device), self.w.embed)
+        x = self._layers(x, self.cos[: len(ids), None], self.sin[: len(ids), None], attend)
+        return self._logits(x[-1:])[0]
+
     def drop(self, finished: list[int]) -> list[int]:
         """See `Decoder`."""
         left: list[tuple[_Segment, list[int]]] = []

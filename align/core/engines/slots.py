@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from align.core.engines.base import Completion, SamplingParams
 from align.core.engines.decoder import Decoder
 from align.core.engines.draws import choose, logprobs_of, sample_key, uniforms
+from align.core.engines.shaping import Shaping
+from align.core.engines.structured import Form
 
 _Number = TypeVar("_Number", np.int64, np.float32)
 
@@ -74,9 +76,17 @@ class SlotLoop:
     """One call of `sample`: takes jobs as slots become free, yields completions as they finish."""
 
     def __init__(
-        self, decoder: Decoder, jobs: Iterator[Job], slots: int, endings: Endings, params: SamplingParams, device: Any
+        self,
+        decoder: Decoder,
+        jobs: Iterator[Job],
+        slots: int,
+        endings: Endings,
+        params: SamplingParams,
+        device: Any,
+        form: Form | None = None,
     ) -> None:
         self.decoder, self.jobs, self.slots = decoder, jobs, slots
+        self.shaping = Shaping(params, form, slots, device)
         self.endings, self.params, self.device = endings, params, device
         self.next: Job | None = None
         self.need = 0  # most tokens, prompt and new ones, of any row since there were none
@@ -84,6 +94,7 @@ class SlotLoop:
         self.slot_of: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # by row
         self.free = list(range(slots))[::-1]
         self.owners = [(0, 0)] * slots  # (prompt number, sample index)
+        self.prompts: list[list[int]] = [[]] * slots
         self.keys = np.zeros(slots, dtype=np.uint64)
         self.counts = np.zeros(slots, dtype=np.int64)  # tokens sampled so far
         width = min(params.max_tokens, 256)
@@ -150,6 +161,8 @@ class SlotLoop:
                 self.keys[slot] = sample_key(self.params.seed, job.ids, index)
                 self.counts[slot] = 0
                 self.owners[slot] = (job.number, index)
+                self.prompts[slot] = job.ids
+                self.shaping.begin(slot, job.ids)
                 seats.append(slot)
         self.slot_of = np.append(self.slot_of, seats)
         self.last = F.pad(self.last, (0, len(seats)))
@@ -163,14 +176,20 @@ class SlotLoop:
             self.logprobs = _wider(self.logprobs)
         with torch.no_grad():
             u = torch.from_numpy(uniforms(self.keys[slots], counts)).to(logits.device)
-            token, usable = choose(logits, u, self.params)
+            token, usable, close = choose(self.shaping.shaped(slots, logits), u, self.params)
+            if logits.dtype == torch.float32:  # in a shorter format rounding is too coarse to be kept out
+                for at in torch.nonzero(close & usable)[:, 0].tolist():
+                    slot = slots[at : at + 1]
+                    logits[at] = self.decoder.alone(self.prompts[slot[0]] + self._ids(slot[0]))
+                    token[at] = choose(self.shaping.shaped(slot, logits[at : at + 1]), u[at : at + 1], self.params)[0]
             self.last[first:] = token
+            self.shaping.accept(slots, token)
             if self.params.logprobs:
                 self.logprobs[slots, counts] = logprobs_of(logits, token).cpu().numpy()
         token_ids = token.cpu().numpy()
         self.sampled[slots, counts] = token_ids
         self.counts[slots] += 1
-        unusable = ~usable.cpu().numpy()
+        unusable = ~usable.cpu().numpy() | np.array([bool(self.shaping.problems[slot]) for slot in slots])
         ended = self.endings.is_end[token_ids] & ~unusable
         done = ended | unusable | (counts + 1 >= self.params.max_tokens)
         cuts: dict[int, str] = {}
@@ -201,7 +220,8 @@ class SlotLoop:
         out: list[tuple[int, int, Completion]] = []
         for slot, tokens, text, end, bad in zip(slots, ids, texts, ended, unusable, strict=True):
             if bad:
-                reason = f"the model's logits are not numbers (NaN) at new token {len(tokens)}"
+                reason = self.shaping.problems[slot] or "the model's logits are not numbers (NaN)"
+                reason = f"new token {len(tokens)}: {reason}"
                 completion = Completion("", (), "error", error=reason)
             else:
                 logprobs = tuple(self.logprobs[slot, : len(tokens)].tolist()) if self.params.logprobs else None

@@ -22,14 +22,17 @@ from align.core.engines.load import content_hash, end_ids, find_device, load_mod
 from align.core.engines.quick_decoder import QuickDecoder
 from align.core.engines.quick_weights import QuickWeights, is_quick
 from align.core.engines.slots import Endings, Job, SlotLoop
+from align.core.engines.structured import Form
 from align.core.errors import DataError, EngineError, ModelError
 
 
 class TransformersEngine:
     """Samples from one causal language model; see `align.core.engines.base.Engine`.
 
-    A completion depends on the model, the prompt's ids, the sampling parameters and the sample's index alone, up to
-    float rounding: not on the batch, the number of slots or the order of prompts.
+    A completion depends on the model, the prompt's ids, the sampling parameters and the sample's index alone: not on
+    the batch, the number of slots or the order of prompts. In float32 that holds to the token (see `draws`); in
+    bfloat16 and float16 the batch's rounding may decide between two tokens that are about as likely. The
+    log-probabilities that are reported may differ in their last digits.
 
     Args:
         model: a model folder, a LoRA adapter's folder (merged into its base), a Hub id, or a model in memory. A model
@@ -74,7 +77,7 @@ class TransformersEngine:
         limits = [n for n in (max_context, getattr(config, "max_position_embeddings", None)) if n]
         self.max_context: int | None = min(limits) if limits else None
         self._end_ids = end_ids(tokenizer, self.model)
-        self._endings: dict[tuple[str, ...], Endings] = {}  # costs a pass over the vocabulary
+        self._endings: dict[tuple[tuple[str, ...], tuple[int, ...]], Endings] = {}  # costs a pass over the vocabulary
         self._quick = QuickWeights(self.model) if is_quick(self.model) else None
 
     @property
@@ -108,11 +111,16 @@ class TransformersEngine:
         else:
             decoder = GenericDecoder(self.model, self.device)
         vocabulary = max(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
-        if params.stop not in self._endings:
-            self._endings[params.stop] = Endings(self.tokenizer, self._end_ids, params.stop, vocabulary)
+        ends = self._end_ids | set(params.stop_token_ids)
+        how = (params.stop, params.stop_token_ids)
+        if how not in self._endings:
+            self._endings[how] = Endings(self.tokenizer, ends, params.stop, vocabulary)
+        form = None
+        if params.json_schema is not None or params.choices:
+            form = Form(self.tokenizer, ends, self.model.get_output_embeddings().weight.shape[0], params)
         jobs = self._jobs(prompts, n, params, first_index)
         try:
-            yield from SlotLoop(decoder, jobs, self.slots, self._endings[params.stop], params, self.device).run()
+            yield from SlotLoop(decoder, jobs, self.slots, self._endings[how], params, self.device, form).run()
         except torch.OutOfMemoryError as problem:
             raise EngineError(
                 f"{self.generator}: out of GPU memory with {self.slots} slots; give the engine fewer slots, "

@@ -14,7 +14,7 @@ LOGITS = torch.tensor([[3.0, 2.0, 1.0, 1.0]]) * math.log(2)
 
 def _chosen(u: float, **settings: float) -> int:
     params = SamplingParams(**settings)  # type: ignore[arg-type]
-    token, usable = choose(LOGITS, torch.tensor([u]), params)
+    token, usable, _ = choose(LOGITS, torch.tensor([u]), params)
     assert usable.all()
     return int(token)
 
@@ -64,9 +64,39 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     assert _chosen(0.99, top_p=0.01) == 0  # the likeliest is always in
 
 
+def test_min_p_leaves_out_what_is_less_likely_than_that_share_of_the_likeliest() -> None:
+    """Of 0.5, 0.25, 0.125, 0.125: a share of 0.3 keeps what has 0.15, so 2/3 and 1/3 are left."""
+    assert [_chosen(u, min_p=0.3) for u in (0.66, 0.67, 0.9999999)] == [0, 1, 1]
+    assert _chosen(0.9999999, min_p=0.24) == 3
+    assert _chosen(0.9999999, min_p=1.0) == 0
+
+
+def _close(u: float, logits: torch.Tensor = LOGITS, **settings: float) -> bool:
+    return bool(choose(logits, torch.tensor([u]), SamplingParams(**settings)).close)  # type: ignore[arg-type]
+
+
+def test_a_draw_by_a_border_between_two_tokens_is_called_close() -> None:
+    """The borders are at 0.5, 0.75 and 0.875; the margin is 2e-5."""
+    assert [_close(u) for u in (0.5 - 1.6e-5, 0.5 + 1.6e-5, 0.75 + 1.6e-5, 0.875 - 1.6e-5)] == [True] * 4
+    assert [_close(u) for u in (0.0, 0.5 - 2.4e-5, 0.5 + 2.4e-5, 0.6, 0.9999999)] == [False] * 5
+
+
+def test_a_filter_whose_own_border_is_near_a_token_makes_the_draw_close() -> None:
+    """Two tokens of 0.125 tie for the third place; 0.5 is where the first token's mass ends; 0.5 is 0.25 / 0.5."""
+    assert _close(0.1, top_k=3) and not _close(0.1, top_k=2)
+    assert _close(0.1, top_p=0.5) and not _close(0.1, top_p=0.51)
+    assert _close(0.1, min_p=0.5) and not _close(0.1, min_p=0.51)
+
+
+def test_a_greedy_choice_between_two_almost_equal_logits_is_close() -> None:
+    logits = torch.tensor([[1.0, 1.0 + 1.8e-4, 0.0]])
+    assert _close(0.0, logits, temperature=0)
+    assert not _close(0.0, logits * 2, temperature=0)
+
+
 def test_u_at_its_end_never_takes_a_token_of_probability_zero() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])
-    token, _ = choose(logits, torch.tensor([1.0 - 2**-24]), SamplingParams())
+    token = choose(logits, torch.tensor([1.0 - 2**-24]), SamplingParams()).token
     assert int(token) == 1
 
 

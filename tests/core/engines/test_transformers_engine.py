@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def _all(engine: TransformersEngine, prompts: Iterable[Prompt], n: int, params: 
     return {(number, index): completion for number, index, completion in engine.sample(prompts, n, params)}
 
 
-def _generated(model: Any, ids: list[int], ends: set[int], max_tokens: int = 24) -> tuple[int, ...]:
+def _generated(model: Any, ids: list[int], ends: set[int], max_tokens: int = 24, **settings: Any) -> tuple[int, ...]:
     """What transformers' own `generate` gives for one prompt, greedy."""
     row = model.generate(
         torch.tensor([ids]),
@@ -34,6 +35,7 @@ def _generated(model: Any, ids: list[int], ends: set[int], max_tokens: int = 24)
         do_sample=False,
         eos_token_id=sorted(ends),
         pad_token_id=0,
+        **settings,
     )
     return tuple(row[0, len(ids) :].tolist())
 
@@ -91,6 +93,123 @@ def test_a_sample_is_the_same_on_any_number_of_slots_and_in_any_order(shape: str
     last = len(PROMPTS) - 1
     assert {(last - number, index): c for (number, index), c in many.items()} == few
     assert len({c.token_ids for c in few.values()}) == len(few)  # and no two samples are alike
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "gemma", "qwen2_moe"])
+def test_rounding_between_batches_stays_far_below_the_margin_of_a_close_draw(shape: str) -> None:
+    """What `draws.CLOSE_MASS` and `CLOSE_LOGITS` rest on: the same rows, decoded beside others and computed alone."""
+    from align.core.engines import draws
+    from align.core.engines.slots import SlotLoop
+
+    model = tiny_model(shape)
+    engine = TransformersEngine(model, TOKENIZER, slots=16)
+    logit_gaps: list[float] = []
+    mass_gaps: list[float] = []
+    plain = SlotLoop._take
+
+    def watched(loop: Any, first: int, logits: torch.Tensor) -> Any:
+        for at, slot in enumerate(loop.slot_of[first:][:4]):
+            alone = loop.decoder.alone(loop.prompts[slot] + loop._ids(slot))
+            logit_gaps.append(float((alone - logits[at]).abs().max()))
+            mass_gaps.append(float((alone.softmax(-1).cumsum(-1) - logits[at].softmax(-1).cumsum(-1)).abs().max()))
+        return plain(loop, first, logits)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(SlotLoop, "_take", watched)
+        _all(engine, PROMPTS, 4, SamplingParams(max_tokens=24, seed=3))
+    assert len(logit_gaps) > 100 and max(logit_gaps) > 0  # batches do round in another way
+    assert max(logit_gaps) < draws.CLOSE_LOGITS / 2
+    assert max(mass_gaps) < draws.CLOSE_MASS / 2
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "gemma"])
+def test_a_draw_on_the_very_border_is_decided_the_same_in_every_batch(shape: str) -> None:
+    """With the margin at its largest every draw is close, so each token comes from the logits of its text alone."""
+    from align.core.engines import draws
+
+    model = tiny_model(shape)
+    params = SamplingParams(max_tokens=16, seed=4, top_p=0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draws, "CLOSE_MASS", 1.0)
+        few = _all(TransformersEngine(model, TOKENIZER, slots=3), PROMPTS, 2, params)
+        many = _all(TransformersEngine(model, TOKENIZER, slots=64), PROMPTS, 2, params)
+    assert few == many == _all(TransformersEngine(model, TOKENIZER, slots=7), PROMPTS, 2, params)
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "gemma"])
+def test_the_repetition_penalty_is_that_of_generate(shape: str) -> None:
+    model = tiny_model(shape)
+    engine = TransformersEngine(model, TOKENIZER, slots=4)
+    params = SamplingParams(max_tokens=24, temperature=0, repetition_penalty=1.7)
+    got = _all(engine, PROMPTS, 2, params)
+    free = _all(engine, PROMPTS, 2, GREEDY)
+    for number, prompt in enumerate(PROMPTS):
+        want = _generated(model, prompt_ids(TOKENIZER, prompt), engine._end_ids, repetition_penalty=1.7)
+        assert got[number, 0].token_ids == got[number, 1].token_ids == want
+    assert any(got[key].token_ids != free[key].token_ids for key in got)
+
+
+def test_logprobs_are_the_models_own_whatever_is_left_out_or_punished() -> None:
+    engine = TransformersEngine(tiny_model("qwen2"), TOKENIZER, slots=4)
+    params = SamplingParams(max_tokens=12, min_p=0.05, repetition_penalty=1.3, choices=("red", "blue"), logprobs=True)
+    for (number, _), completion in _all(engine, PROMPTS, 2, params).items():
+        fresh = engine.score([prompt_ids(TOKENIZER, PROMPTS[number])], [completion.token_ids])[0]
+        assert completion.logprobs == pytest.approx(fresh, abs=1e-4)
+
+
+def test_a_stop_token_ends_a_completion_like_the_models_own() -> None:
+    engine = TransformersEngine(_always(tiny_model("qwen2_untied"), 9), TOKENIZER)
+    got = _all(engine, ["x"], 1, SamplingParams(max_tokens=5, stop_token_ids=(9,)))
+    assert got[0, 0] == Completion("", (9,), "stop")
+
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"tag": {"enum": ["a", "b"]}, "level": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["tag", "level"],
+        "additionalProperties": False,
+    }
+)
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "gemma"])
+def test_a_random_model_asked_for_json_of_a_schema_gives_nothing_else(shape: str) -> None:
+    engine = TransformersEngine(tiny_model(shape), TOKENIZER, slots=4)
+    got = _all(engine, PROMPTS, 3, SamplingParams(max_tokens=150, seed=1, json_schema=SCHEMA))
+    levels = set()
+    for completion in got.values():
+        assert completion.finish_reason == "stop"
+        value = json.loads(completion.text)
+        assert set(value) == {"tag", "level"} and value["tag"] in ("a", "b") and 1 <= value["level"] <= 9
+        levels.add(value["level"])
+    assert len(levels) > 1
+
+
+def test_choices_are_drawn_with_the_models_probabilities_and_none_is_cut_short() -> None:
+    choices = ("yes", "yes, sure", "no")
+    engine = TransformersEngine(tiny_model("qwen2", initializer_range=0.05), TOKENIZER)
+    got = _all(engine, ["hello"], 200, SamplingParams(max_tokens=20, choices=choices))
+    assert {c.text for c in got.values()} == set(choices)
+    assert {c.finish_reason for c in got.values()} == {"stop"}
+    greedy = _all(engine, ["hello"], 1, SamplingParams(max_tokens=20, choices=choices, temperature=0))[0, 0]
+    ids = prompt_ids(TOKENIZER, "hello")
+    first = {text: TOKENIZER(text[0], add_special_tokens=False)["input_ids"] for text in ("yes", "no")}
+    scores = {text: engine.score([ids], [tokens])[0][0] for text, tokens in first.items()}
+    assert greedy.text.startswith(max(scores, key=lambda text: scores[text]))
+
+
+def test_a_schema_that_is_none_is_refused_with_what_is_wrong() -> None:
+    engine = TransformersEngine(tiny_model("qwen2"), TOKENIZER)
+    for schema, says in (
+        ("{", "no JSON"),
+        ("[]", "found list, expected a JSON object"),
+        ('{"type": "nonsense"}', "Invalid type: nonsense"),
+    ):
+        with pytest.raises(EngineError, match=says):
+            _all(engine, ["x"], 1, SamplingParams(json_schema=schema))
+    with pytest.raises(EngineError, match="only one of them"):
+        _all(engine, ["x"], 1, SamplingParams(json_schema="{}", choices=("a",)))
 
 
 def test_logprobs_stay_right_while_rows_of_many_ages_are_dropped_and_merged() -> None:
