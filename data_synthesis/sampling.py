@@ -33,6 +33,11 @@ class SamplingConfig(StageConfig):
     samples: int = Field(8, ge=1, description="completions sampled for each prompt")
     temperature: float = Field(0.7, ge=0, le=5, description="sampling temperature; 0.7 is RFT's (arXiv:2308.01825)")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 is off")
+    top_k: int = Field(0, ge=0, description="only the k likeliest tokens; 0 is off")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="no token with less than this share of the likeliest one's; 0 is off"
+    )
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1 disfavours tokens that have occurred; 1 is off")
     max_tokens: int = Field(512, ge=1, description="most new tokens of a completion; a longer one counts as truncated")
     splits: list[Split] = Field(
         ["train"], min_length=1, description="prompts of these splits are sampled, others passed by"
@@ -54,8 +59,14 @@ class SamplingConfig(StageConfig):
     def params(self, seed: int) -> SamplingParams:
         """The engine's view of these settings."""
         return SamplingParams(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed
-        )  # fmt: skip
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed,
+        )
 
 
 class ErrorBudget:

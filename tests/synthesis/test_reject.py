@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from align.core.engines.base import Completion
+from align.core.engines.base import Completion, SamplingParams
 from align.core.engines.cache import CachedEngine
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
@@ -213,3 +213,16 @@ def test_groups_get_the_answers_to_their_own_questions(sizes: list[int], ahead: 
 
     groups = list(enumerate(sizes))
     assert list(answered(groups, questions, answer)) == [(g, [-q for q in questions(g)]) for g in groups]
+
+
+def test_the_engine_is_asked_as_the_settings_say(bench: Bench) -> None:
+    asked: list[SamplingParams] = []
+
+    class Watched(ScriptedEngine):
+        def sample(self, prompts: Any, n: int, params: SamplingParams, first_index: int = 0) -> Any:
+            asked.append(params)
+            return super().sample(prompts, n, params, first_index)
+
+    how = {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.05, "max_tokens": 64}
+    bench.run(STAGE, {"samples": 1, **how}, {"sampler": Watched([RIGHT])}, prompts=[a_sum(1)])
+    assert {name: getattr(asked[0], name) for name in how} == how
