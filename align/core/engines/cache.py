@@ -66,12 +66,13 @@ class CachedEngine:
         scope.update(json.dumps([self.engine.fingerprint, asdict(params)], sort_keys=True).encode())
         found: deque[tuple[int, int, Completion]] = deque()
         # Prompts that lack only some samples, by the run of indices that they lack: (first index, how many).
-        partly: dict[tuple[int, int], list[tuple[int, bytes, Prompt]]] = {}
-        asked: dict[int, tuple[int, bytes, int]] = {}  # by its number in the call: number, digest, samples to come
+        partly: dict[tuple[int, int], list[tuple[int, list[bytes], Prompt]]] = {}
+        # By its number in the call: a prompt's own number, the keys of its samples, and how many are to come.
+        asked: dict[int, tuple[int, list[bytes], int]] = {}
         held = 0  # prompts in `partly`
         exhausted = False
 
-        def next_unknown() -> tuple[int, bytes, Prompt] | None:
+        def next_unknown() -> tuple[int, list[bytes], Prompt] | None:
             """Looks the next prompt up. Gives it back where it lacks all n samples, else keeps what is known of it."""
             nonlocal exhausted, held
             if (read := next(numbered, None)) is None:
@@ -79,27 +80,29 @@ class CachedEngine:
                 return None
             number, prompt = read
             digest = _digest(scope, prompt)
+            keys = [_key(digest, index) for index in range(first_index, first_index + n)]
             lacking: list[int] = []
-            for index in range(first_index, first_index + n):
-                known = self.file.get(_key(digest, index))
+            for index, key in enumerate(keys, start=first_index):
+                known = self.file.get(key)
                 if known is None:
                     lacking.append(index)
                 else:
                     found.append((number, index, known))
             if len(lacking) == n:
-                return number, digest, prompt
+                return number, keys, prompt
             held += bool(lacking)
-            for run in _runs(lacking):
-                partly.setdefault(run, []).append((number, digest, prompt))
+            for first, length in _runs(lacking):
+                own = keys[first - first_index :][:length]
+                partly.setdefault((first, length), []).append((number, own, prompt))
             return None
 
-        def feed(unknown: tuple[int, bytes, Prompt] | None) -> Iterator[Prompt]:
+        def feed(unknown: tuple[int, list[bytes], Prompt] | None) -> Iterator[Prompt]:
             """Prompts that lack all n samples. Ends early when much else has gathered, so that memory is bounded."""
             count = 0
             while True:
                 if unknown is not None:
-                    number, digest, prompt = unknown
-                    asked[count] = (number, digest, n)
+                    number, keys, prompt = unknown
+                    asked[count] = (number, keys, n)
                     count += 1
                     yield prompt
                 if exhausted or len(found) >= _AHEAD or held >= _AHEAD:
@@ -115,7 +118,7 @@ class CachedEngine:
                 yield from self._ask(feed(unknown), asked, found, n, params, first_index)
                 yield from self._given(found)
             for (first, length), group in partly.items():
-                asked = {i: (number, digest, length) for i, (number, digest, _) in enumerate(group)}
+                asked = {i: (number, keys, length) for i, (number, keys, _) in enumerate(group)}
                 yield from self._ask((prompt for _, _, prompt in group), asked, found, length, params, first)
             partly.clear()
             asked, held = {}, 0
@@ -136,7 +139,7 @@ class CachedEngine:
     def _ask(
         self,
         prompts: Iterable[Prompt],
-        asked: dict[int, tuple[int, bytes, int]],
+        asked: dict[int, tuple[int, list[bytes], int]],
         found: deque[tuple[int, int, Completion]],
         n: int,
         params: SamplingParams,
@@ -144,16 +147,17 @@ class CachedEngine:
     ) -> Iterator[tuple[int, int, Completion]]:
         """Samples from the engine; keeps each completion before giving it on, after all that was found meanwhile."""
         for place, index, completion in self.engine.sample(prompts, n, params, first_index):
-            number, digest, to_come = asked[place]
+            number, keys, to_come = asked[place]
             if to_come == 1:
                 del asked[place]
             else:
-                asked[place] = (number, digest, to_come - 1)
+                asked[place] = (number, keys, to_come - 1)
             if completion.finish_reason == "error":
                 self.failures += 1
             else:
-                self.file.put(_key(digest, index), completion)
-            yield from self._given(found)
+                self.file.put(keys[index - first_index], completion)
+            if found:
+                yield from self._given(found)
             self.misses += 1
             self.tokens += len(completion.token_ids)
             self.sampled_tokens += len(completion.token_ids)

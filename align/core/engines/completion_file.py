@@ -235,10 +235,12 @@ class _Index:
     def find(self, key: bytes) -> list[int]:
         """Offsets of the records that may have this key, the latest first."""
         entries, tag = self._place(key)
-        first = last = bisect_left(entries, tag)
-        while last < len(entries) and entries[last] >> 44 == tag >> 44:
-            last += 1
-        return [entry & _OFFSET for entry in reversed(entries[first:last])]
+        found = []
+        for place in range(bisect_left(entries, tag), len(entries)):
+            if entries[place] >> 44 != tag >> 44:
+                break
+            found.append(entries[place] & _OFFSET)
+        return found[::-1]
 
     def add(self, key: bytes, offset: int) -> None:
         """Takes a record in."""
