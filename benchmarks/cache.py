@@ -2,8 +2,8 @@
 
     python benchmarks/cache.py [--out FILE.json]
 
-A scripted engine hands out ready completions, so nearly all that is measured is the machinery. Every run is a process of
-its own. First 100,000 prompts x 8 samples: without a cache, into an empty one, from the full one. Then the cost of
+A scripted engine hands out ready completions, so nearly all that is measured is the machinery. Every run is a process
+of its own. First 100,000 prompts x 8 samples: without a cache, into an empty one, from the full one. Then the cost of
 writing by itself: pairs of shorter runs, without and with a cache, one after the other, for short and long completions;
 the difference is what a completion costs more. It must stay under 5% of a run that samples 2,000 a second, which is 25
 microseconds; the memory under 200 MB at 8 million completions. The exit status is 1 where a bar is missed.

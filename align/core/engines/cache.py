@@ -124,7 +124,7 @@ class CachedEngine:
             asked, held = {}, 0
 
     def close(self) -> None:
-        """See `Engine`. The file is flushed to the disk, and stays."""
+        """See `Engine`. The file stays."""
         self.file.close()
         self.engine.close()
 

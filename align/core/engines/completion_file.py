@@ -2,8 +2,8 @@
 
 A record is a head of 32 bytes and a body. The head: a mark, the body's size, the key (16 bytes), the body's CRC-32, its
 own CRC-32. The body: finish reason, text, token ids, log-probabilities. Each record goes to the operating system in one
-unbuffered write before its completion is passed on, so a killed process loses nothing that was finished; the disk is
-only told to keep it at the end, so a power cut may lose the last half minute (what Linux holds back by default).
+unbuffered write before its completion is passed on, so a killed process loses nothing that was finished. When it goes
+to the disk is left to the operating system, so a power cut may lose what Linux holds back, the last half minute.
 
 Opening reads the heads and no bodies. What a kill left of a last record is cut off. Damage before the last sound record
 costs the damaged records and no others: reading goes on at the next mark with a sound head. A damaged body is noticed
@@ -70,7 +70,7 @@ class CompletionFile:
             self._index = _Index()
             self._end = self._open()
         except BaseException:
-            self._let_go()
+            self.close()
             raise
 
     def __len__(self) -> int:
@@ -115,12 +115,7 @@ class CompletionFile:
         self._end += len(record)
 
     def close(self) -> None:
-        """Flushes to the disk and lets go of the file."""
-        if self._descriptor >= 0:
-            os.fsync(self._descriptor)
-            self._let_go()
-
-    def _let_go(self) -> None:
+        """Lets go of the file, which stays."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -155,13 +150,13 @@ class CompletionFile:
 _open_here: weakref.WeakSet[CompletionFile] = weakref.WeakSet()
 
 
-def _let_go_in_child() -> None:
+def _close_in_child() -> None:
     for file in _open_here:
-        file._let_go()
+        file.close()
 
 
 # A forked process holds the same lock and could outlive this one: it lets go of it at once.
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def kept_in(path: Path) -> tuple[int, int]:
