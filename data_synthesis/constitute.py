@@ -138,7 +138,7 @@ def _rows(
                 outcomes.setdefault(row["told"], Counter())[row["verdict"]] += 1
             tally.count(rows)
             yield from rows
-            tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
+            tools.progress.advance(1, passed=tally.yielded())
             told = {told: dict(counts) for told, counts in outcomes.items()}
             summary.update(tally.summary(), told=told, skipped=dict(skipped))
     tally.check("constitute", table.name, skipped)

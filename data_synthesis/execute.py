@@ -48,7 +48,7 @@ def _rows(config: ExecuteConfig, table: Table, tools: Tools, summary: dict[str, 
                 outcomes[outcome(row)] += 1
             tally.count(rows)
             yield from rows
-            tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
+            tools.progress.advance(1, passed=tally.yielded())
             summary.update(tally.summary(), outcomes=dict(outcomes), skipped=dict(skipped))
         summary["sandbox"] = verifiers.sandbox_report
     tally.check("execute", table.name, skipped)

@@ -93,7 +93,7 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
             keep_distinct(rows, config)
             tally.count(rows)
             yield from rows
-            tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
+            tools.progress.advance(1, passed=tally.yielded())
             summary.update(tally.summary(), skipped=dict(skipped))
         if verifiers.sandbox_report:
             summary["sandbox"] = verifiers.sandbox_report

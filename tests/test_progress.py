@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from align.progress import Lines, Silent, duration
+from align.progress import Asked, Lines, Silent, duration
 
 
 class Terminal(io.StringIO):
@@ -95,6 +95,7 @@ def test_the_processes_beside_the_first_say_nothing(capsys: pytest.CaptureFixtur
     silent.start(3, "steps")
     silent.advance(1, loss=1.0)
     silent.say("hello")
+    silent.watch(Asked)
     silent.close()
     assert capsys.readouterr() == ("", "")
 
@@ -105,3 +106,50 @@ def test_the_processes_beside_the_first_say_nothing(capsys: pytest.CaptureFixtur
 )
 def test_durations_are_said_as_a_person_would(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_what_comes_from_the_cache_does_not_count_for_rate_and_time_left(clock: Clock) -> None:
+    """A run that goes on: 900 of 1,000 prompts, 4 samples each, are known and pass in 9 s. The other 100 take half a
+    second each, so that 10 of them are 5 s, and 90 are 45 s; each gives 4 times 25 tokens in half a second."""
+    asked = Asked()
+    stream = io.StringIO()
+    progress = Lines("reject", stream)
+    progress.watch(lambda: asked)
+    progress.start(1000, "prompts")
+    for _ in range(900):
+        clock.now += 0.01
+        asked = asked._replace(reused=asked.reused + 4)
+        progress.advance(passed=7)
+    for number in range(50):
+        clock.now += 0.5
+        asked = asked._replace(sampled=asked.sampled + 4, tokens=asked.tokens + 100)
+        if number == 0:
+            asked = asked._replace(failed=1, sampled=3)
+        progress.advance(passed=7)
+    assert stream.getvalue().splitlines() == [
+        "  reject: 0 of 1000 prompts (0%)",
+        "  reject: 500 of 1000 prompts (50%), passed 7, 2000 from the cache",
+        "  reject: 902 of 1000 prompts (90%), passed 7, 3600 from the cache, 1 failed",  # a second is too short to tell
+        *(
+            f"  reject: {done} of 1000 prompts ({done // 10}%), 2.0/s, 200 tokens/s, passed 7, 3600 from the cache, "
+            f"1 failed, {(1000 - done) // 2} s left"
+            for done in (912, 922, 932, 942)
+        ),
+    ]
+
+
+def test_where_known_and_new_completions_are_mixed_the_new_ones_tell_how_long_it_takes(clock: Clock) -> None:
+    """Of each prompt 3 samples are known and 1 is new, which takes 2 s: a prompt is a quarter of one that lacks all 4,
+    which would take 8 s. After 20 prompts, 40 s, the 60 to come take 480 s if nothing of them is known."""
+    asked = Asked(reused=50, sampled=50)
+    stream = io.StringIO()
+    progress = Lines("reject", stream, every_s=40)
+    progress.watch(lambda: asked)
+    progress.start(80, "prompts")
+    for _ in range(20):
+        clock.now += 2
+        asked = asked._replace(sampled=asked.sampled + 1, reused=asked.reused + 3)
+        progress.advance()
+    assert stream.getvalue().splitlines()[-1] == (
+        "  reject: 20 of 80 prompts (25%), 8.0 s each, 60 from the cache, 8 min 00 s left"
+    )
