@@ -57,7 +57,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def stop(process: subprocess.Popen[str], sent: signal.Signals, within_s: float) -> tuple[int, str]:
-    """Sends the signal to the whole group, as a terminal does on Ctrl-C. Nothing may be left. Gives status and words."""
+    """Signals the whole group, as a terminal does on Ctrl-C; nothing may be left. Gives the status and the words."""
     children = descendants(process.pid)
     began = time.monotonic()
     os.killpg(process.pid, sent)
@@ -201,18 +201,14 @@ def test_a_stop_while_programs_run_in_the_sandbox_leaves_none_of_them_behind(tmp
 
 
 @pytest.mark.slow
-@SIGNALS
-def test_a_training_that_is_stopped_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, sent: signal.Signals, status: int
-) -> None:
+def test_a_training_that_is_stopped_ends_cleanly_and_its_command_finishes_it(tmp_path: Path) -> None:
     save_model(tmp_path / "base", "llama")
-    jsonl(tmp_path / "d.jsonl", [{"instruction": f"What is {n}?", "output": str(n)} for n in range(4000)])
-    arguments = (f"model={tmp_path / 'base'}", f"demonstrations={tmp_path / 'd.jsonl'}", "save_every=20")
+    jsonl(tmp_path / "d.jsonl", [{"instruction": f"What is {n}?", "output": str(n)} for n in range(800)])
+    settings = (f"model={tmp_path / 'base'}", f"demonstrations={tmp_path / 'd.jsonl'}", "global_batch_size=8")
     out = tmp_path / "out"
-    process = start("sft", *arguments, f"out={out}")
-    wait_for(lambda: any(out.glob("work/*/checkpoint*/trainer_state.json")), process)
-    ended, errors = stop(process, sent, within_s=10)
-    assert ended == status and not (out / "manifest.json").exists()
-    again = align(*told(errors))
-    begun = re.search(r"sft: (\d+) of 500 steps", again.split("sft: 0 of 500 steps")[-1])
-    assert begun and int(begun[1]) >= 20 and (out / "manifest.json").exists()
+    process = start("sft", *settings, "save_every=40", f"out={out}")
+    wait_for(lambda: any(out.glob("work/*/checkpoints/*/done")), process)
+    ended, errors = stop(process, signal.SIGINT, within_s=10)
+    assert ended == 130 and not (out / "manifest.json").exists() and any(out.glob("work/*/checkpoints/*/done"))
+    align(*told(errors))
+    assert (out / "manifest.json").exists() and not (out / "work").exists()
