@@ -201,14 +201,14 @@ def test_a_stop_while_programs_run_in_the_sandbox_leaves_none_of_them_behind(tmp
 
 
 @pytest.mark.slow
-def test_a_training_that_is_stopped_ends_cleanly_and_its_command_finishes_it(tmp_path: Path) -> None:
+def test_a_training_that_is_stopped_ends_cleanly_and_leaves_its_checkpoint(tmp_path: Path) -> None:
+    """That it goes on from there to the same weights is tried in tests/train."""
     save_model(tmp_path / "base", "llama")
-    jsonl(tmp_path / "d.jsonl", [{"instruction": f"What is {n}?", "output": str(n)} for n in range(800)])
+    jsonl(tmp_path / "d.jsonl", [{"instruction": f"What is {n}?", "output": str(n)} for n in range(4000)])
     settings = (f"model={tmp_path / 'base'}", f"demonstrations={tmp_path / 'd.jsonl'}", "global_batch_size=8")
     out = tmp_path / "out"
-    process = start("sft", *settings, "save_every=40", f"out={out}")
+    process = start("sft", *settings, "save_every=20", f"out={out}")
     wait_for(lambda: any(out.glob("work/*/checkpoints/*/done")), process)
     ended, errors = stop(process, signal.SIGINT, within_s=10)
-    assert ended == 130 and not (out / "manifest.json").exists() and any(out.glob("work/*/checkpoints/*/done"))
-    align(*told(errors))
-    assert (out / "manifest.json").exists() and not (out / "work").exists()
+    assert ended == 130 and told(errors) == ["sft", *settings, "save_every=20", f"out={out}"]
+    assert not (out / "manifest.json").exists() and any(out.glob("work/*/checkpoints/*/done"))
