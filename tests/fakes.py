@@ -190,7 +190,7 @@ FILL = Stage("fill", "meets a full disk", TrainConfig, {}, Kind.MODEL, fill_disk
 
 
 class ScriptedSettings(StageConfig):
-    speed_only: ClassVar[frozenset[str]] = frozenset({"delay_s", "log", "down"})
+    speed_only: ClassVar[frozenset[str]] = frozenset({"delay_s", "log", "down", "prompt_price", "completion_price"})
 
     kind: str = Field(description="tests.fakes:SCRIPTED")
     model: str = Field(description="any text")
