@@ -223,11 +223,12 @@ def _amount(manifest: Manifest) -> str:
 
 
 def _asked(manifest: Manifest) -> str:
-    """What came from the cache, and what failed, where there was any: the line before it may be seconds old."""
+    """What came from the cache, and what failed, where there was any: the last line of progress may be seconds old."""
     engines = [origin.model_dump() for origin in manifest.engines.values()]
-    sampled, reused, failed = (sum(each.get(key, 0) for each in engines) for key in ("sampled", "reused", "failed"))
-    parts = [f"{sampled} completions sampled, {reused} from the cache"] if reused else []
-    parts += [f"{failed} failed to be sampled"] if failed else []
+    counts = {key: sum(each.get(key, 0) for each in engines) for key in ("sampled", "reused", "failed", "damaged")}
+    parts = [f"{counts['sampled']} completions sampled, {counts['reused']} from the cache"] if counts["reused"] else []
+    parts += [f"{counts['failed']} failed to be sampled"] if counts["failed"] else []
+    parts += [f"{counts['damaged']} in the cache were damaged"] if counts["damaged"] else []
     return "; " + ", ".join(parts) if parts else ""
 
 

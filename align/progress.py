@@ -56,7 +56,8 @@ class Lines:
     """One step's progress as text: `reject: 120 of 300 prompts (40%), 12.3/s, 840 tokens/s, passed 80, 15 s left`.
 
     Rate and time left rest on what was really done now. What a killed attempt had done, and completions that come from
-    the cache, cost next to nothing and tell nothing of how long the others take.
+    the cache, cost next to nothing and tell nothing of how long the others take. Some stages count in bursts, as they
+    verify in blocks: the rate is that up to the last count before this one, which ends a burst.
 
     On a terminal the line is written over; elsewhere a new one comes every `every_s` seconds. It is only written from
     within calls, so there is no thread that a forked process could trip over.
@@ -69,9 +70,9 @@ class Lines:
         self._every_s = every_s if every_s is not None else (LIVE_EVERY_S if self._live else PLAIN_EVERY_S)
         self._total: int | None = None
         self._unit = ""
-        self._count = self._before = 0
+        self._count = self._before = self._last = 0
         self._figures: dict[str, Any] = {}
-        self._began = self._written = time.monotonic()
+        self._began = self._written = self._last_at = time.monotonic()
         self._asked: Callable[[], Asked] = Asked
         self._asked_before = self._asked_began = Asked()  # when the count began; when the first new sample came
         self._all_reused = True
@@ -86,7 +87,8 @@ class Lines:
         """See `align.core.stage.Progress`."""
         self._clear()
         self._total, self._unit, self._count, self._before, self._figures = total, unit, 0, 0, {}
-        self._began = self._written = time.monotonic()
+        self._began = self._written = self._last_at = time.monotonic()
+        self._last = 0
         self._asked_before = self._asked_began = self._asked()
         self._all_reused = True
         self._write(self._text())
@@ -103,6 +105,7 @@ class Lines:
         if now - self._written >= self._every_s:
             self._written = now
             self._write(self._text())
+        self._last, self._last_at = self._count, now
 
     def _pass_over_reused(self, now: float) -> None:
         """As long as all came from the cache, the clock has not begun."""
@@ -128,18 +131,19 @@ class Lines:
         parts = [f"{self._count}{of} {self._unit}".rstrip()]
         if self._total:
             parts[0] += f" ({min(100, 100 * self._count // self._total)}%)"
-        asked, new = self._asked().since(self._asked_before), self._asked().since(self._asked_began)
-        counted = (self._count - self._before) * _share_done(new)
-        if seconds > 1 and counted > 0:
-            rate = counted / seconds
-            parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
+        asked = self._asked()
+        new = asked.since(self._asked_began)
+        done, in_s = (self._last - self._before) * _share_done(new), self._last_at - self._began
+        if in_s > 1 and done > 0:
+            parts.append(f"{done / in_s:.1f}/s" if done >= in_s else f"{in_s / done:.1f} s each")
         if seconds > 1 and new.tokens:
             parts.append(f"{new.tokens / seconds:.0f} tokens/s")
         parts += [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in self._figures.items()]
-        parts += [f"{asked.reused} from the cache"] if asked.reused else []
-        parts += [f"{asked.failed} failed"] if asked.failed else []
-        if self._total and seconds > 1 and counted >= min(10, self._total / 50) and self._count < self._total:
-            parts.append(f"{duration(seconds / counted * (self._total - self._count))} left")
+        since = asked.since(self._asked_before)
+        parts += [f"{since.reused} from the cache"] if since.reused else []
+        parts += [f"{since.failed} failed"] if since.failed else []
+        if self._total and in_s > 1 and done >= min(10, self._total / 50) and self._count < self._total:
+            parts.append(f"{duration(in_s / done * (self._total - self._count))} left")
         return f"  {self._step}: " + ", ".join(parts)
 
     def _write(self, text: str) -> None:

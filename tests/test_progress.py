@@ -44,20 +44,43 @@ def test_plain_lines_come_every_few_seconds_with_rate_figures_and_time_left(cloc
     ]
 
 
-def test_no_time_left_is_guessed_from_one_slow_first_thing_or_without_a_total(clock: Clock) -> None:
+def test_no_rate_is_guessed_from_one_slow_first_thing_and_no_time_left_from_few_or_without_a_total(
+    clock: Clock,
+) -> None:
     stream = io.StringIO()
     progress = Lines("evaluate", stream)
     progress.start(1500, "completions")
-    clock.now += 13.5
-    progress.advance()
+    for _ in range(2):
+        clock.now += 13.5
+        progress.advance()
     progress.start(None, "prompts")
-    clock.now += 10
-    progress.advance(40)
+    for _ in range(2):
+        clock.now += 10
+        progress.advance(40)
     assert stream.getvalue().splitlines() == [
         "  evaluate: 0 of 1500 completions (0%)",
-        "  evaluate: 1 of 1500 completions (0%), 13.5 s each",
+        "  evaluate: 1 of 1500 completions (0%)",
+        "  evaluate: 2 of 1500 completions (0%), 13.5 s each",
         "  evaluate: 0 prompts",
-        "  evaluate: 40 prompts, 4.0/s",
+        "  evaluate: 40 prompts",
+        "  evaluate: 80 prompts, 4.0/s",
+    ]
+
+
+def test_what_is_counted_in_bursts_has_the_rate_of_whole_bursts(clock: Clock) -> None:
+    """64 prompts are verified together, every 16 s: 4 a second. A line is written at the first of a burst."""
+    stream = io.StringIO()
+    progress = Lines("reject", stream)
+    progress.start(400, "prompts")
+    for _ in range(3):
+        clock.now += 16
+        for _ in range(64):
+            progress.advance()
+    assert stream.getvalue().splitlines() == [
+        "  reject: 0 of 400 prompts (0%)",
+        "  reject: 1 of 400 prompts (0%)",
+        "  reject: 65 of 400 prompts (16%), 4.0/s, 1 min 24 s left",
+        "  reject: 129 of 400 prompts (32%), 4.0/s, 1 min 08 s left",
     ]
 
 
