@@ -5,6 +5,7 @@ Nothing heavy is imported at the top, so that help comes at once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -53,29 +54,67 @@ def main() -> None:
     app(prog_name="align")
 
 
+STOP_WITHIN_S = 10.0
+"""How long after Ctrl-C a run may take to end by itself; nothing that is kept needs more than that."""
+
+THREADS_END_WITHIN_S = 2.0
+"""How long after all is told the threads of an engine may still wait for answers that nobody wants any more."""
+
+
 @contextmanager
 def _told(again: str = "") -> Iterator[None]:
-    """Turns what a user can mend, and a stop by Ctrl-C, into plain words and an exit status."""
+    """Turns what a user can mend, and a stop by Ctrl-C or SIGTERM, into plain words and an exit status.
+
+    A second Ctrl-C, or an engine or library that doesn't let go, ends the process at once. That is safe at any moment,
+    as a kill is.
+    """
     stopped_by: list[int] = []
 
     def stop(number: int, _: object) -> None:
         stopped_by.append(number)
+        if len(stopped_by) > 1:
+            _end_at_once(128 + number, _stopped(again))
+        _end_later(STOP_WITHIN_S, 128 + number, _stopped(again))
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signals = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, stop) for each in signals}
     try:
         yield
-    except AlignError as problem:
+    except (Exception, KeyboardInterrupt) as problem:
+        if stopped_by or isinstance(problem, KeyboardInterrupt):  # whatever it became on its way through a library
+            status = 128 + (stopped_by or [signal.SIGINT])[0]
+            print(_stopped(again), file=sys.stderr, flush=True)
+            _end_later(THREADS_END_WITHIN_S, status)
+            raise typer.Exit(status) from None
+        if not isinstance(problem, AlignError):
+            raise
         lines = problem.problems if isinstance(problem, RecipeError) else [str(problem)]
         for line in lines:
             print(line, file=sys.stderr)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        onwards = f", and `{again}` goes on from here" if again else ""
-        print(f"\nstopped; what is finished is kept{onwards}", file=sys.stderr)
-        raise typer.Exit(128 + (stopped_by or [signal.SIGINT])[0]) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not stopped_by:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def _stopped(again: str) -> str:
+    onwards = f", and `{again}` goes on from here" if again else ""
+    return f"\nstopped; what is finished is kept{onwards}"
+
+
+def _end_later(seconds: float, status: int, text: str = "") -> None:
+    """Ends the process after a while, unless it has ended by itself."""
+    signal.signal(signal.SIGALRM, lambda *_: _end_at_once(status, text))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # by then all threads have ended
+
+
+def _end_at_once(status: int, text: str) -> None:
+    if text:
+        os.write(2, f"{text}\n".encode())  # no buffer, whose lock the interrupted thread may hold
+    os._exit(status)
 
 
 @app.command()

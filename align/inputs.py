@@ -17,6 +17,7 @@ from align.core.store import ModelRef, Table
 from align.fingerprints import step_seed
 from align.outside import open_model
 from align.plan import EngineSpec, Recipe, Source, Step
+from align.progress import Asked
 from align.settings import wants_model
 
 
@@ -54,8 +55,30 @@ class Engines(Mapping[str, Engine]):
             engine.close()
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By role: completions sampled in this attempt, and those that an earlier attempt had left in the cache."""
-        return {role: {"sampled": each.misses, "reused": each.hits} for role, each in self._cached.items()}
+        """By role: completions sampled in this attempt and reused from an earlier one's cache, failures, tokens of all.
+
+        `damaged` counts records of the cache that the disk had spoilt; they were sampled again.
+        """
+        return {
+            role: {
+                "sampled": each.misses - each.failures,
+                "reused": each.hits,
+                "failed": each.failures,
+                "tokens": each.tokens,
+                **({"damaged": each.file.damaged} if each.file.damaged else {}),
+            }
+            for role, each in self._cached.items()
+        }
+
+    def asked(self) -> Asked:
+        """What all roles together were asked for so far, for the progress line."""
+        engines = self._cached.values()
+        return Asked(
+            sampled=sum(each.misses - each.failures for each in engines),
+            reused=sum(each.hits for each in engines),
+            failed=sum(each.failures for each in engines),
+            tokens=sum(each.sampled_tokens for each in engines),
+        )
 
     def _build(self, spec: EngineSpec) -> Engine:
         """Roles that ask for the same engine share it: a model is in memory once."""

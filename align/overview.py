@@ -3,87 +3,72 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from align.core.engines.completion_file import kept_in
 from align.core.errors import RunError
 from align.core.manifest import Manifest
-from align.core.records import Kind
+from align.forecast import Forecast, forecasts
 from align.lock import holder
 from align.pipeline import RUN_FILE, Planned
-from align.plan import Recipe, Source, Step
+from align.plan import Recipe
 from align.progress import duration
 
 
 def print_plan(recipe: Recipe, planned: Sequence[Planned], console: Console) -> None:
-    """The steps in order, done or to do, and what the sampling steps will ask for, as far as settings tell."""
-    rows_of = {p.step.name: p.done.rows for p in planned if p.done is not None}
-    table = Table("step", "stage", "from", "state", "asks for", box=box.SIMPLE_HEAD)
-    completions = tokens = 0
+    """The steps in order, done or to do; then what the sampling steps will ask for, as far as that can be told."""
+    table = Table("step", "stage", "from", "state", box=box.SIMPLE_HEAD)
     for p in planned:
-        again = "to do again: something changed" if p.stale else "to do"
+        begun = "begun" if (p.folder / "work").is_dir() else "to do"
+        again = "to do again: something changed" if p.stale else begun
         state = f"done, {duration(p.done.seconds)}" if p.done else again
-        asks = ""
-        if p.step.engines and not p.done:
-            prompts, samples, most = _asks_for(recipe, p.step, rows_of)
-            known = "?" if prompts is None else f"≤ {prompts:,}"
-            asks = f"{known} prompts × {samples}, ≤ {most or '?'} tokens each"
-            completions += (prompts or 0) * samples
-            tokens += (prompts or 0) * samples * most
-        table.add_row(p.step.name, p.step.stage.name, ", ".join(p.step.needs_steps()), state, asks)
+        table.add_row(p.step.name, p.step.stage.name, ", ".join(p.step.needs_steps()), state)
     console.print(table)
+    asked = list(forecasts(recipe, planned))
+    if asked:
+        _print_asked(asked, console)
     left = sum(p.done is None for p in planned)
     console.print(f"{recipe.name}: no fault found; {left} of {len(planned)} steps to do, in {recipe.out}")
-    if completions:
-        console.print(f"to be sampled, where it is known: up to {completions:,} completions, {tokens:,} tokens")
+    if known := [each for each in asked if each.to_sample is not None]:
+        console.print("to be sampled, where it is known: " + _total(known))
 
 
-def _asks_for(recipe: Recipe, step: Step, rows_of: Mapping[str, int | None]) -> tuple[int | None, int, int]:
-    """At most how many prompts, how many samples of each, and most tokens of a sample."""
-    settings = step.config.model_dump()
-    counts = [
-        _most_rows(recipe, source, rows_of)
-        for name, sources in step.inputs.items()
-        if step.stage.needs[name].kind is Kind.PROMPTS
-        for source in sources
-    ]
-    known = sum(count for count in counts if count is not None)
-    samples = int(settings.get("samples", 1)) + int(settings.get("greedy", False))
-    return (None if None in counts or not counts else known), samples, int(settings.get("max_tokens", 0))
+def _print_asked(asked: Sequence[Forecast], console: Console) -> None:
+    begun, priced = any(each.kept != 0 for each in asked), any(each.cost is not None for each in asked)
+    table = Table("to sample", "by", box=box.SIMPLE_HEAD)
+    for heading in ("prompts × samples", *(["kept"] if begun else []), "tokens", *(["USD"] if priced else [])):
+        table.add_column(heading, justify="right")
+    table.add_column("tokens each")
+    for each in asked:
+        kept = "of other settings" if each.kept is None else f"{each.kept:,}" if each.kept else ""
+        about = "about" if each.told_by else "≤"
+        tokens = "?" if each.to_sample is None else f"{about} {round(each.to_sample * each.tokens_each):,}"
+        table.add_row(
+            each.step,
+            f"{each.role}: {each.model}",
+            f"{'?' if each.prompts is None else f'≤ {each.prompts:,}'} × {each.samples}",
+            *([kept] if begun else []),
+            tokens,
+            *(["" if each.cost is None else f"{each.cost:,.2f}"] if priced else []),
+            f"about {each.tokens_each:.0f}, {each.told_by}" if each.told_by else f"≤ {each.tokens_each:.0f}",
+        )
+    console.print(table)
 
 
-def _most_rows(recipe: Recipe, source: Source, rows_of: Mapping[str, int | None]) -> int | None:
-    """The most rows that a source can have, where that is quickly told: prompts never become more on their way."""
-    if source.step is None:
-        return _rows_there(source.spec)
-    if rows_of.get(source.step) is not None:
-        return rows_of[source.step]
-    step = recipe.steps[source.step]
-    limit = getattr(step.config, "count", None)
-    if step.inputs:
-        counts = [_most_rows(recipe, each, rows_of) for each in step.inputs.get("prompts", ())]
-    else:
-        given = getattr(step.config, "source", None)
-        counts = [_rows_there(each) for each in (given if isinstance(given, list) else [given])]
-    most = None if None in counts or not counts else sum(count for count in counts if count is not None)
-    return min((count for count in (most, limit) if isinstance(count, int)), default=None)
-
-
-def _rows_there(spec: Any) -> int | None:
-    """Rows of a local file or folder, or of the embedded world; None for anything else."""
-    if isinstance(spec, Mapping) and isinstance(tiny := spec.get("tiny"), Mapping):
-        return sum(count for count in dict(tiny.get("families", {})).values() if isinstance(count, int)) or None
-    path = spec.get("path", spec.get("source")) if isinstance(spec, Mapping) else spec
-    if not isinstance(path, str) or not Path(path).expanduser().exists():
-        return None
-    from align.core.locate import locate
-
-    return sum(part.count() for part in locate(path, None, None, None))
+def _total(known: Sequence[Forecast]) -> str:
+    completions = sum(each.to_sample or 0 for each in known)
+    tokens = sum((each.to_sample or 0) * each.tokens_each for each in known)
+    parts = [f"up to {completions:,} completions, {round(tokens):,} tokens"]
+    if priced := [each.cost for each in known if each.cost is not None]:
+        parts.append(f"{sum(priced):,.2f} USD")
+    if kept := sum(each.kept or 0 for each in known):
+        parts.append(f"besides {kept:,} completions kept from before")
+    return ", ".join(parts)
 
 
 def print_status(folder: Path, console: Console) -> None:
@@ -112,6 +97,8 @@ def print_status(folder: Path, console: Console) -> None:
         else:
             begun = (folder / name / "work").is_dir()
             state = "running" if waiting and begun else "begun" if begun else "to do"
+            if kept := sum(kept_in(file)[0] for file in (folder / name / "work").glob("completions-*")):
+                state += f", {kept:,} completions kept"
             waiting = waiting and not begun
             table.add_row(name, stage, state, "", "", "")
     console.print(table)

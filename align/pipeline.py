@@ -94,7 +94,7 @@ def run(recipe: Recipe, overwrite: bool = False, rank: int = 0) -> list[Manifest
             else:
                 _print(rank, f"[{number}/{len(steps)}] {planned.step.name}")
                 manifest = _run_step(recipe, planned, rank)
-                outcome = f"{_amount(manifest)} in {duration(manifest.seconds)}"
+                outcome = f"{_amount(manifest)} in {duration(manifest.seconds)}{_asked(manifest)}"
             _print(rank, f"[{number}/{len(steps)}] {planned.step.name}: {outcome}")
             manifests.append(manifest)
         return manifests
@@ -118,6 +118,7 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
             rows, counts = None, {}
         else:
             with Engines(recipe, step, folder / "work", rank) as engines:
+                progress.watch(engines.asked)
                 tools = Tools(step_seed(recipe.seed, step.name), engines, progress, work, folder, step.speed)
                 result = step.stage.run(step.config, inputs, tools)
                 rows = _write_rows(recipe, step, inputs, result, folder) if rank == 0 else None
@@ -219,6 +220,16 @@ def _write_run_file(recipe: Recipe, steps: list[Planned]) -> None:
 
 def _amount(manifest: Manifest) -> str:
     return "model" if manifest.rows is None else f"{manifest.rows} rows"
+
+
+def _asked(manifest: Manifest) -> str:
+    """What came from the cache, and what failed, where there was any: the last line of progress may be seconds old."""
+    engines = [origin.model_dump() for origin in manifest.engines.values()]
+    counts = {key: sum(each.get(key, 0) for each in engines) for key in ("sampled", "reused", "failed", "damaged")}
+    parts = [f"{counts['sampled']} completions sampled, {counts['reused']} from the cache"] if counts["reused"] else []
+    parts += [f"{counts['failed']} failed to be sampled"] if counts["failed"] else []
+    parts += [f"{counts['damaged']} in the cache were damaged"] if counts["damaged"] else []
+    return "; " + ", ".join(parts) if parts else ""
 
 
 def _cpu_seconds() -> float:

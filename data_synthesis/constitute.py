@@ -27,7 +27,7 @@ from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError
 from align.core.records import Kind, Row, Verdict
-from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.stage import Asks, Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import normalise
 from data_synthesis.sampling import ErrorBudget, SamplingConfig, Tally, answered, completion_row, last_user_text, wanted
@@ -138,7 +138,7 @@ def _rows(
                 outcomes.setdefault(row["told"], Counter())[row["verdict"]] += 1
             tally.count(rows)
             yield from rows
-            tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
+            tools.progress.advance(1, passed=tally.yielded())
             told = {told: dict(counts) for told, counts in outcomes.items()}
             summary.update(tally.summary(), told=told, skipped=dict(skipped))
     tally.check("constitute", table.name, skipped)
@@ -258,6 +258,15 @@ def read_constitution(path: Path) -> list[Principle]:
     return principles
 
 
+def asks(config: ConstituteConfig) -> dict[str, Asks]:
+    """An answer of each kind to each principle drawn, and one without; and a judgement of each."""
+    samples = (2 * config.principles + config.natural) * config.samples
+    return {
+        "sampler": Asks(samples, config.max_tokens),
+        "judge": Asks(samples, config.judge_max_tokens, reads="sampler"),
+    }
+
+
 STAGE = Stage(
     name="constitute",
     summary="completions that follow and that deviate from principles, checked",
@@ -271,5 +280,6 @@ STAGE = Stage(
     },
     optional_engines=("judge",),
     reads=("constitution", "template", "judge_template"),
+    asks=asks,
     adds=("finish_reason", "told", "principle", "kept"),
 )

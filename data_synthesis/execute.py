@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from align.core.records import Kind, Row
-from align.core.stage import Need, Result, Stage, Tools
+from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from data_synthesis.sampling import ErrorBudget, SamplingConfig, Tally, sampled, verified, wanted
 from reward.verifiers import Verifiers
@@ -48,7 +48,7 @@ def _rows(config: ExecuteConfig, table: Table, tools: Tools, summary: dict[str, 
                 outcomes[outcome(row)] += 1
             tally.count(rows)
             yield from rows
-            tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
+            tools.progress.advance(1, passed=tally.yielded())
             summary.update(tally.summary(), outcomes=dict(outcomes), skipped=dict(skipped))
         summary["sandbox"] = verifiers.sandbox_report
     tally.check("execute", table.name, skipped)
@@ -63,6 +63,11 @@ def outcome(row: Row) -> str:
     return "failed tests" if row["runs"] else "does not run"
 
 
+def asks(config: ExecuteConfig) -> dict[str, Asks]:
+    """Every sample."""
+    return {"sampler": Asks(config.samples, config.max_tokens)}
+
+
 STAGE = Stage(
     name="execute",
     summary="sampled programs, run against tests in the sandbox",
@@ -71,5 +76,6 @@ STAGE = Stage(
     gives=Kind.COMPLETIONS,
     run=run,
     engines={"sampler": "the model that writes the programs"},
+    asks=asks,
     adds=("finish_reason", "runs"),
 )

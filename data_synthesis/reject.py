@@ -23,7 +23,7 @@ from pydantic import Field
 from rapidfuzz.distance import Levenshtein
 
 from align.core.records import Kind, Row, message_text
-from align.core.stage import Need, Result, Stage, Tools
+from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from data_synthesis.sampling import (
     ErrorBudget,
@@ -93,7 +93,7 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
             keep_distinct(rows, config)
             tally.count(rows)
             yield from rows
-            tools.progress.advance(1, passed=tally.passed.total(), samples=tally.samples.total())
+            tools.progress.advance(1, passed=tally.yielded())
             summary.update(tally.summary(), skipped=dict(skipped))
         if verifiers.sandbox_report:
             summary["sandbox"] = verifiers.sandbox_report
@@ -187,6 +187,15 @@ def distinct_paths(keys: Iterable[str], texts: list[str], keep: int | None) -> l
     return list(kept.values())
 
 
+def asks(config: RejectConfig) -> dict[str, Asks]:
+    """Every sample, and a judgement of each."""
+    samples = config.samples if config.right is None else config.max_samples
+    return {
+        "sampler": Asks(samples, config.max_tokens),
+        "judge": Asks(samples, config.judge_max_tokens, reads="sampler"),
+    }
+
+
 STAGE = Stage(
     name="reject",
     summary="sampled completions with verdicts; the distinct right ones marked",
@@ -197,5 +206,6 @@ STAGE = Stage(
     engines={"sampler": "the model that answers", "judge": "a model that says whether a right path is reasonable"},
     optional_engines=("judge",),
     reads=("judge_template",),
+    asks=asks,
     adds=("finish_reason", "kept"),
 )

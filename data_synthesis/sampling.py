@@ -264,6 +264,11 @@ class Tally:
             self.truncated += row["finish_reason"] == "length"
             self.kept += bool(row.get("kept"))
 
+    def yielded(self) -> str:
+        """How many of the samples passed, for the progress."""
+        passed, samples = self.passed.total(), self.samples.total()
+        return f"{passed} of {samples} ({100 * passed // samples if samples else 0}%)"
+
     def summary(self) -> dict[str, Any]:
         """The figures for the manifest; `passed_share` is by family."""
         return {

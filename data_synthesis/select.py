@@ -29,7 +29,7 @@ from pydantic import Field
 
 from align.core.errors import DataError
 from align.core.records import Kind, Row, Split
-from align.core.stage import Need, Result, Stage, Tools
+from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import words
 from data_synthesis.sampling import ErrorBudget, last_user_text
@@ -256,6 +256,11 @@ def _selected(
         }
 
 
+def asks(config: SelectConfig) -> dict[str, Asks]:
+    """One judgement of each instruction."""
+    return {"judge": Asks(1, config.judge_max_tokens)}
+
+
 STAGE = Stage(
     name="select",
     summary="a diverse set of complex instructions",
@@ -269,5 +274,6 @@ STAGE = Stage(
     engines={"judge": "a model that says whether an instruction's intent is complete"},
     optional_engines=("judge",),
     reads=("judge_template",),
+    asks=asks,
     adds=("tags", "selection_rank", "score_diversity", "score_richness", "score_complexity", "score_completeness"),
 )

@@ -19,7 +19,7 @@ from pydantic import Field
 from align.core.asking import Answer, MalformedError, ask, fill, load_template
 from align.core.engines.base import Prompt, SamplingParams
 from align.core.records import Kind, Messages, Row
-from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.stage import Asks, Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from data_synthesis.sampling import ErrorBudget, answered
 
@@ -119,6 +119,11 @@ def read_tags(text: str) -> list[str]:
     return list(tags)
 
 
+def asks(config: TagConfig) -> dict[str, Asks]:
+    """One answer a prompt; more where all turns are tagged and there are several."""
+    return {"tagger": Asks(1, config.max_tokens)}
+
+
 STAGE = Stage(
     name="tag",
     summary="the intentions of every instruction, named by a model",
@@ -128,5 +133,6 @@ STAGE = Stage(
     run=run,
     engines={"tagger": "the model that names the tags"},
     reads=("template",),
+    asks=asks,
     adds=("tags", "raw_tags"),
 )

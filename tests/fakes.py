@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +14,12 @@ from pydantic import Field
 from safetensors.numpy import save_file
 
 from align.backends import Backend
-from align.core.engines.base import Engine, Prompt, SamplingParams
+from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError
 from align.core.records import Kind, Row
-from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.stage import Asks, Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 
 
@@ -99,6 +100,13 @@ def _completions(config: SampleConfig, prompts: Table, tools: Tools) -> Iterator
             }
 
 
+def sample_asks(config: SampleConfig) -> dict[str, Asks]:
+    return {
+        "sampler": Asks(config.samples, config.max_tokens),
+        "judge": Asks(config.samples, 4, reads="sampler"),
+    }
+
+
 SAMPLE = Stage(
     "sample",
     "samples",
@@ -108,6 +116,7 @@ SAMPLE = Stage(
     sample,
     engines={"sampler": "what samples", "judge": "what judges"},
     optional_engines=("judge",),
+    asks=sample_asks,
 )
 TAGGED = Stage(
     "tagged",
@@ -181,28 +190,73 @@ FILL = Stage("fill", "meets a full disk", TrainConfig, {}, Kind.MODEL, fill_disk
 
 
 class ScriptedSettings(StageConfig):
-    speed_only: ClassVar[frozenset[str]] = frozenset({"delay_s", "log"})
+    speed_only: ClassVar[frozenset[str]] = frozenset({"delay_s", "log", "down", "prompt_price", "completion_price"})
 
     kind: str = Field(description="tests.fakes:SCRIPTED")
     model: str = Field(description="any text")
     suffix: str = Field("", description="what every answer ends with")
     delay_s: float = Field(0.0, ge=0, description="seconds that a completion takes")
     log: str = Field("", description="a file that gets a line for every completion that is sampled")
+    down: str = Field("", description="as long as this file is there, every third sample fails")
+    prompt_price: float | None = Field(None, description="USD for a million tokens of prompts")
+    completion_price: float | None = Field(None, description="USD for a million tokens of completions")
 
 
 def build(settings: ScriptedSettings, *, generator: str | None = None, fingerprint: str | None = None) -> Engine:
-    def answer(prompt: Prompt, index: int) -> str:
+    def answer(prompt: Prompt, index: int) -> str | Completion:
         time.sleep(settings.delay_s)
         text = prompt[-1]["content"]  # type: ignore[index]
         if settings.log:
             with Path(settings.log).open("a") as log:
                 log.write(f"{text} {index}\n")
+        if index % 3 == 2 and settings.down and Path(settings.down).exists():
+            return Completion("", (), "error", error="the server is down")
         return f"{text} #{index}{settings.suffix}"
 
     return ScriptedEngine(answer, generator=generator or "scripted", fingerprint=f"{settings.model}/{settings.suffix}")
 
 
 SCRIPTED = Backend(ScriptedSettings, build, local=False)
+
+
+class Threaded(ScriptedEngine):
+    """Asks in threads, as an engine of a server does; the first 8 samples are there at once, the others take a minute.
+
+    Args:
+        waits: whether it waits for its threads however it is left, as a badly written one would.
+    """
+
+    def __init__(self, waits: bool) -> None:
+        super().__init__(lambda prompt, index: str(index), fingerprint="threaded")
+        self._waits = waits
+
+    def sample(
+        self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
+    ) -> Iterator[tuple[int, int, Completion]]:
+        pool = ThreadPoolExecutor(4)
+        try:
+            waiting = [
+                (place, index, pool.submit(self._slowly, prompt, index, place * n + index, params))
+                for place, prompt in enumerate(prompts)
+                for index in range(first_index, first_index + n)
+            ]
+            for place, index, future in waiting:
+                yield place, index, future.result()
+        finally:
+            pool.shutdown(wait=self._waits, cancel_futures=True)
+
+    def _slowly(self, prompt: Prompt, index: int, number: int, params: SamplingParams) -> Completion:
+        time.sleep(60 if number >= 8 else 0)
+        return self._complete(prompt, index, params)
+
+
+def build_threaded(
+    settings: ScriptedSettings, *, generator: str | None = None, fingerprint: str | None = None
+) -> Engine:
+    return Threaded(waits=settings.model == "waits")
+
+
+THREADED = Backend(ScriptedSettings, build_threaded, local=False)
 
 
 def refuse(config: TrainConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:

@@ -71,7 +71,7 @@ def test_check_tells_the_plan_and_runs_nothing(tmp_path: Path) -> None:
     file = write(tmp_path)
     done = align("check", str(file), "--out", str(tmp_path / "run"))
     assert done.returncode == 0 and not (tmp_path / "run").exists()
-    assert "≤ 20 prompts × 3, ≤ 16 tokens each" in done.stdout
+    assert "≤ 20 × 3" in done.stdout
     assert "up to 60 completions, 960 tokens" in done.stdout
     assert "t: no fault found; 5 of 5 steps to do" in done.stdout
 
@@ -83,7 +83,7 @@ def test_run_status_and_check_tell_how_far_a_run_is(tmp_path: Path) -> None:
     told = " ".join(align("status", str(out)).stdout.split())
     assert "make make done 20" in told and "sample sample begun" in told and "train train to do" in told
     checked = align("check", str(file), "--out", str(out)).stdout
-    assert "≤ 20 prompts × 3, ≤ 16 tokens each" in checked and "3 of 5 steps to do" in checked
+    assert "≤ 20 × 3" in checked and "3 of 5 steps to do" in checked
     done = align("run", str(file), "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "[3/5] sample: 60 rows in" in done.stdout and "[1/5] make: done before" in done.stdout

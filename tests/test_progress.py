@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from align.progress import Lines, Silent, duration
+from align.progress import Asked, Lines, Silent, duration
 
 
 class Terminal(io.StringIO):
@@ -44,20 +44,43 @@ def test_plain_lines_come_every_few_seconds_with_rate_figures_and_time_left(cloc
     ]
 
 
-def test_no_time_left_is_guessed_from_one_slow_first_thing_or_without_a_total(clock: Clock) -> None:
+def test_no_rate_is_guessed_from_one_slow_first_thing_and_no_time_left_from_few_or_without_a_total(
+    clock: Clock,
+) -> None:
     stream = io.StringIO()
     progress = Lines("evaluate", stream)
     progress.start(1500, "completions")
-    clock.now += 13.5
-    progress.advance()
+    for _ in range(2):
+        clock.now += 13.5
+        progress.advance()
     progress.start(None, "prompts")
-    clock.now += 10
-    progress.advance(40)
+    for _ in range(2):
+        clock.now += 10
+        progress.advance(40)
     assert stream.getvalue().splitlines() == [
         "  evaluate: 0 of 1500 completions (0%)",
-        "  evaluate: 1 of 1500 completions (0%), 13.5 s each",
+        "  evaluate: 1 of 1500 completions (0%)",
+        "  evaluate: 2 of 1500 completions (0%), 13.5 s each",
         "  evaluate: 0 prompts",
-        "  evaluate: 40 prompts, 4.0/s",
+        "  evaluate: 40 prompts",
+        "  evaluate: 80 prompts, 4.0/s",
+    ]
+
+
+def test_what_is_counted_in_bursts_has_the_rate_of_whole_bursts(clock: Clock) -> None:
+    """64 prompts are verified together, every 16 s: 4 a second. A line is written at the first of a burst."""
+    stream = io.StringIO()
+    progress = Lines("reject", stream)
+    progress.start(400, "prompts")
+    for _ in range(3):
+        clock.now += 16
+        for _ in range(64):
+            progress.advance()
+    assert stream.getvalue().splitlines() == [
+        "  reject: 0 of 400 prompts (0%)",
+        "  reject: 1 of 400 prompts (0%)",
+        "  reject: 65 of 400 prompts (16%), 4.0/s, 1 min 24 s left",
+        "  reject: 129 of 400 prompts (32%), 4.0/s, 1 min 08 s left",
     ]
 
 
@@ -95,6 +118,7 @@ def test_the_processes_beside_the_first_say_nothing(capsys: pytest.CaptureFixtur
     silent.start(3, "steps")
     silent.advance(1, loss=1.0)
     silent.say("hello")
+    silent.watch(Asked)
     silent.close()
     assert capsys.readouterr() == ("", "")
 
@@ -105,3 +129,50 @@ def test_the_processes_beside_the_first_say_nothing(capsys: pytest.CaptureFixtur
 )
 def test_durations_are_said_as_a_person_would(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_what_comes_from_the_cache_does_not_count_for_rate_and_time_left(clock: Clock) -> None:
+    """A run that goes on: 900 of 1,000 prompts, 4 samples each, are known and pass in 9 s. The other 100 take half a
+    second each, so that 10 of them are 5 s, and 90 are 45 s; each gives 4 times 25 tokens in half a second."""
+    asked = Asked()
+    stream = io.StringIO()
+    progress = Lines("reject", stream)
+    progress.watch(lambda: asked)
+    progress.start(1000, "prompts")
+    for _ in range(900):
+        clock.now += 0.01
+        asked = asked._replace(reused=asked.reused + 4)
+        progress.advance(passed=7)
+    for number in range(50):
+        clock.now += 0.5
+        asked = asked._replace(sampled=asked.sampled + 4, tokens=asked.tokens + 100)
+        if number == 0:
+            asked = asked._replace(failed=1, sampled=3)
+        progress.advance(passed=7)
+    assert stream.getvalue().splitlines() == [
+        "  reject: 0 of 1000 prompts (0%)",
+        "  reject: 500 of 1000 prompts (50%), passed 7, 2000 from the cache",
+        "  reject: 902 of 1000 prompts (90%), passed 7, 3600 from the cache, 1 failed",  # a second is too short to tell
+        *(
+            f"  reject: {done} of 1000 prompts ({done // 10}%), 2.0/s, 200 tokens/s, passed 7, 3600 from the cache, "
+            f"1 failed, {(1000 - done) // 2} s left"
+            for done in (912, 922, 932, 942)
+        ),
+    ]
+
+
+def test_where_known_and_new_completions_are_mixed_the_new_ones_tell_how_long_it_takes(clock: Clock) -> None:
+    """Of each prompt 3 samples are known and 1 is new, which takes 2 s: a prompt is a quarter of one that lacks all 4,
+    which would take 8 s. After 20 prompts, 40 s, the 60 to come take 480 s if nothing of them is known."""
+    asked = Asked(reused=50, sampled=50)
+    stream = io.StringIO()
+    progress = Lines("reject", stream, every_s=40)
+    progress.watch(lambda: asked)
+    progress.start(80, "prompts")
+    for _ in range(20):
+        clock.now += 2
+        asked = asked._replace(sampled=asked.sampled + 1, reused=asked.reused + 3)
+        progress.advance()
+    assert stream.getvalue().splitlines()[-1] == (
+        "  reject: 20 of 80 prompts (25%), 8.0 s each, 60 from the cache, 8 min 00 s left"
+    )

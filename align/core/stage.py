@@ -40,6 +40,23 @@ class Need:
     columns: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """What a stage asks of one engine at most, for `align check`; a second try of an unreadable answer apart.
+
+    Attributes:
+        samples: completions of each prompt that comes in.
+        max_tokens: tokens of a completion.
+        prompts: most prompts that it takes, where it doesn't take all.
+        reads: the role whose completions it is asked about, one by one, where it is.
+    """
+
+    samples: int
+    max_tokens: int
+    prompts: int | None = None
+    reads: str | None = None
+
+
 class Progress(Protocol):
     """How a stage tells a person where it is; never part of a result."""
 
@@ -108,6 +125,7 @@ class Stage:
         reads: settings that name files or datasets; their content is part of the step's fingerprint.
         adds: columns that it adds to those that come in or that the kind has.
         version: raised when the same settings would now give other rows.
+        asks: what it asks of each role, from its settings; None where it samples nothing or can't tell.
         trains: whether it may run in several processes (accelerate); every process calls `run`.
     """
 
@@ -122,4 +140,5 @@ class Stage:
     reads: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     version: int = 1
+    asks: Callable[[Any], Mapping[str, Asks]] | None = None
     trains: bool = False

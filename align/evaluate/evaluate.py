@@ -24,7 +24,7 @@ from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError, EngineError
 from align.core.records import Kind, Message, Row, Verdict
-from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.stage import Asks, Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.evaluate.scores import Tally
 from reward.verifiers import Verifiers
@@ -199,6 +199,11 @@ def _count(prompts: Table, split: str) -> tuple[int, int]:
     return sum(tasks), len(tasks) - sum(tasks)
 
 
+def asks(config: Config) -> dict[str, Asks]:
+    """The greedy answer and the samples."""
+    return {"policy": Asks(config.samples + config.greedy, config.max_tokens)}
+
+
 STAGE = Stage(
     name="evaluate",
     summary="the verified score of a model on held-out prompts, by family, with 95% intervals",
@@ -207,5 +212,6 @@ STAGE = Stage(
     gives=Kind.COMPLETIONS,
     run=run,
     engines={"policy": "the model to evaluate"},
+    asks=asks,
     adds=("mode", "finish_reason", "rendered_prompt"),
 )

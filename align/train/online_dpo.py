@@ -21,7 +21,7 @@ from typing import Any
 
 from align.core.errors import ModelError, RunError
 from align.core.records import Kind
-from align.core.stage import Need, Result, Stage, Tools
+from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.train.online_settings import Config
 from align.train.settings import LOSS_OVER, Speed
@@ -124,6 +124,12 @@ def summary(online: Any) -> dict[str, Any]:
     return found
 
 
+def asks(config: Config) -> dict[str, Asks]:
+    """The policy's samples of all episodes; the guards' few apart."""
+    samples = config.episodes * (config.samples_per_prompt + config.resample)
+    return {"policy": Asks(samples, config.max_tokens, prompts=config.prompts_per_episode)}
+
+
 STAGE = Stage(
     name="online-dpo",
     summary="sample, score, pair and train in episodes (online DPO)",
@@ -138,5 +144,6 @@ STAGE = Stage(
     },
     gives=Kind.MODEL,
     run=run,
+    asks=asks,
     trains=True,
 )

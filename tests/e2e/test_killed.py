@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from align.core.engines.cache import CompletionFile
+from align.core.engines.completion_file import kept_in
 from align.core.manifest import Manifest
 from align.core.store import TINY, Table
 
@@ -61,28 +61,17 @@ def test_rejection_sampling_killed_three_times_gives_the_same_rows_and_samples_n
     for share in (0.1, 0.4, 0.8):
         process = start(out)
         until = time.monotonic() + 120
-        while not cache.exists() or _completions(cache) < share * len(whole):
+        while kept_in(cache)[0] < share * len(whole):
             assert process.poll() is None and time.monotonic() < until, process.communicate()
             time.sleep(0.01)
         process.kill()
         process.communicate()
         assert Manifest.read(out / "reject") is None
-        file = CompletionFile(cache)
-        assert len(file) >= kept, "what an attempt had finished is still there after the next one"
-        kept = len(file)
-        file.close()
+        assert kept_in(cache)[0] >= kept, "what an attempt had finished is still there after the next one"
+        kept = kept_in(cache)[0]
     finish(out)
     manifest = Manifest.read(out / "reject")
     assert manifest is not None
     engine: dict[str, Any] = manifest.engines["sampler"].model_dump()
     assert (engine["reused"], engine["sampled"]) == (kept, len(whole) - kept)
     assert list(Table.open(out / "reject").rows()) == whole
-
-
-def _completions(cache: Path) -> int:
-    """How many completions a cache holds while another process writes it: frames of a length, a check and a key."""
-    content, place, count = cache.read_bytes(), len(b"align completions 1\n"), 0
-    while place + 24 <= len(content):
-        place += 24 + int.from_bytes(content[place : place + 4], "little")
-        count += place <= len(content)
-    return count
