@@ -119,8 +119,6 @@ def test_spellings_of_one_answer_are_the_same(answer: str, expected: str) -> Non
         ("7 2", "72"),
         ("0.333", "1/3"),
         ("0.3333333333333", "1/3"),
-        ("10 + 5", "15"),
-        ("15^2", "225"),
         ("18 dollars and 50 cents", "18"),
         ("10 pm", "10"),
         ("10 am", "10 pm"),
