@@ -12,7 +12,7 @@ from align.core.errors import AlignError
 from align.core.records import COLUMNS, Kind, Row
 from align.core.stage import Tools
 from align.core.store import Table
-from align.core.writer import write_rows
+from align.core.writer import DatasetWriter
 from align.progress import Silent
 from reward.verify import STAGE, VerifyConfig
 
@@ -32,7 +32,9 @@ def _run(data: Path, folder: Path, **settings: Any) -> tuple[list[Row], dict[str
     tools = Tools(seed=0, engines={}, progress=Silent(), work=work, out=folder)
     result = STAGE.run(VerifyConfig(data=str(data), **settings), {}, tools)
     assert result.rows is not None
-    write_rows(folder / "out", result.rows, Kind.COMPLETIONS)
+    with DatasetWriter(folder / "out", Kind.COMPLETIONS, lenient=result.lenient) as writer:
+        for row in result.rows:
+            writer.write(row)
     return list(Table.open(folder / "out").rows()), result.summary
 
 
