@@ -79,10 +79,10 @@ def _after_marker(text: str) -> str | None:
 
 def _boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}`, its braces matched; None where it is not closed."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
-    if not boxes:
+    last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    if last < 0:
         return None
-    content = text[boxes[-1].end() :]
+    content = text[last:].removeprefix(r"\boxed").removeprefix(r"\fbox").lstrip()
     if not content.startswith("{"):
         bare = re.match(r"[^\s$.{}]+", content)
         return bare[0] if bare else None
@@ -96,10 +96,12 @@ def _boxed(text: str) -> str | None:
 
 def _in_sentence(text: str) -> str | None:
     """What the last "the answer is ..." says, provided that no number follows its sentence."""
-    openings = list(_ANSWER_IS.finditer(text))
-    if not openings:
+    opening = None
+    for opening in _ANSWER_IS.finditer(text):  # noqa: B007 - the last is wanted
+        pass
+    if opening is None:
         return None
-    sentence, _, rest = text[openings[-1].end() :].strip().partition("\n")
+    sentence, _, rest = text[opening.end() :].strip().partition("\n")
     end = re.search(r"\.(?=\s+[A-Z])", sentence)
     if end:
         sentence, rest = sentence[: end.start()], sentence[end.end() :] + rest

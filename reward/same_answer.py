@@ -315,7 +315,7 @@ def _closes_at(text: str) -> int:
 
 def _same_formula(a: str, b: str, ask: AskFormulas | None) -> bool | None:
     """Whether two formulas or equations have the same values; words are no formulas."""
-    if re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}", f"{a} {b}") or (a.isalpha() and b.isalpha()):
+    if re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}|[^\x00-\x7f]", f"{a} {b}") or (a.isalpha() and b.isalpha()):
         return False
     if a.count("=") != b.count("="):
         return False
