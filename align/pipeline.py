@@ -168,7 +168,8 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
 def _write_rows(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: Result, folder: Path) -> int | None:
     if result.rows is None:
         return None
-    with DatasetWriter(folder, step.stage.gives, _card(recipe, step, inputs, result)) as writer:
+    card = _card(recipe, step, inputs, result)
+    with DatasetWriter(folder, step.stage.gives, card, lenient=result.lenient) as writer:
         for row in result.rows:
             writer.write(row)
     return writer.count

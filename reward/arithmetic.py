@@ -35,7 +35,7 @@ def value(expression: str) -> Fraction | None:
     return result if isinstance(result, Fraction) else None
 
 
-def value_at(expression: str, variables: Mapping[str, float]) -> complex | None:
+def value_at(expression: str, variables: Mapping[str, complex]) -> complex | None:
     """The value of an expression with variables, roots, pi and the common functions at a point."""
     result = _evaluate(expression, variables)
     return None if result is None else complex(result)
@@ -52,7 +52,7 @@ class _NoArithmeticError(Exception):
     """The text can't be read as arithmetic within the bounds."""
 
 
-def _evaluate(expression: str, variables: Mapping[str, float] | None) -> Number | None:
+def _evaluate(expression: str, variables: Mapping[str, complex] | None) -> Number | None:
     if len(expression) > MOST_CHARACTERS:
         return None
     reader = _Reader(_TOKEN.findall(expression), variables)
@@ -69,7 +69,7 @@ class _Reader:
     Without `variables` all is exact. With them, values are complex floats and letters, roots and functions are known.
     """
 
-    def __init__(self, tokens: list[str], variables: Mapping[str, float] | None) -> None:
+    def __init__(self, tokens: list[str], variables: Mapping[str, complex] | None) -> None:
         self.tokens = tokens[::-1]
         self.variables = variables
 

@@ -12,17 +12,27 @@ from typing import Any
 
 from align.core.records import Verdict
 from reward.equations import Equation, equation_key, equations, equations_hold
-from reward.same_answer import NUMBER, same_answer
+from reward.formulas import NO_EXTRA, Formulas
+from reward.same_answer import NUMBER, compare, same_answer
 
 __all__ = ["Equation", "equation_key", "equations", "equations_hold", "final_answer", "same_answer", "verify"]
 
-_ANSWER_IS = re.compile(r"\banswer\b[^\S\n]*(?:is|=|:)(?:[^\S\n]*:)?", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswer\b[^\S\n]*(?:is|=|:)(?:[^\S\n]*:)?|答案[是为:：]+", re.IGNORECASE)
+_QUICK = re.compile(r"[-+\d.,$%]+")
 _LABEL = re.compile(r"(?:the\s+)?(?:final\s+)?answer\b\s*(?:is\b)?\s*[:=]?\s*", re.IGNORECASE)
 _OPENING_NUMBER = re.compile(rf"{NUMBER}(?:[^\S\n]*/[^\S\n]*\d+)?%?")
 
 
-def verify(completion: str, reference: Mapping[str, Any]) -> Verdict:
-    """Passed if the completion's final answer equals the reference's; an error if the reference has none."""
+def verify(completion: str, reference: Mapping[str, Any], formulas: Formulas | None = None) -> Verdict:
+    """Passed if the completion's final answer equals the reference's.
+
+    An error if the reference has none, or if nothing can tell whether two formulas are equal.
+
+    Args:
+        completion: a worked solution.
+        reference: see above.
+        formulas: asked about formulas that can't be evaluated here; without it they are errors.
+    """
     expected = reference.get("answer")
     if isinstance(expected, (int, float)) and not isinstance(expected, bool):
         expected = str(expected)
@@ -35,7 +45,11 @@ def verify(completion: str, reference: Mapping[str, Any]) -> Verdict:
     answer = final_answer(completion)
     if answer is None:
         return Verdict.of(False, r"no final answer: expected it after ####, in \boxed{} or in 'the answer is ...'")
-    return Verdict.of(same_answer(answer, expected), f"answer {_shown(answer)}, expected {_shown(expected)}")
+    same = compare(answer, expected, formulas.same if formulas else None)
+    shown = f"answer {_shown(answer)}, expected {_shown(expected)}"
+    if same is None:
+        return Verdict.error(f"undecided: {shown}: {formulas.problem if formulas else NO_EXTRA}")
+    return Verdict.of(same, shown)
 
 
 def final_answer(text: str) -> str | None:
@@ -50,9 +64,13 @@ def final_answer(text: str) -> str | None:
 def _after_marker(text: str) -> str | None:
     """The line after the last `####`, unless that is a heading or an answer in a box follows."""
     _, marker, after = text.rpartition("####")
-    if not marker or r"\boxed" in after:
+    if not marker:
         return None
     after = after.strip()
+    if _QUICK.fullmatch(after):
+        return after
+    if r"\boxed" in after:
+        return None
     label = _LABEL.match(after)
     line, _, below = after[label.end() if label else 0 :].partition("\n")
     is_heading = below.strip() and re.match(r"[*_\s]*[A-Za-z]{3,}", line)
@@ -61,10 +79,10 @@ def _after_marker(text: str) -> str | None:
 
 def _boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}`, its braces matched; None where it is not closed."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
-    if not boxes:
+    last = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    if last < 0:
         return None
-    content = text[boxes[-1].end() :]
+    content = text[last:].removeprefix(r"\boxed").removeprefix(r"\fbox").lstrip()
     if not content.startswith("{"):
         bare = re.match(r"[^\s$.{}]+", content)
         return bare[0] if bare else None
@@ -78,10 +96,12 @@ def _boxed(text: str) -> str | None:
 
 def _in_sentence(text: str) -> str | None:
     """What the last "the answer is ..." says, provided that no number follows its sentence."""
-    openings = list(_ANSWER_IS.finditer(text))
-    if not openings:
+    opening = None
+    for opening in _ANSWER_IS.finditer(text):  # noqa: B007 - the last is wanted
+        pass
+    if opening is None:
         return None
-    sentence, _, rest = text[openings[-1].end() :].strip().partition("\n")
+    sentence, _, rest = text[opening.end() :].strip().partition("\n")
     end = re.search(r"\.(?=\s+[A-Z])", sentence)
     if end:
         sentence, rest = sentence[: end.start()], sentence[end.end() :] + rest
@@ -108,5 +128,7 @@ def _unit(after: str) -> str:
 
 
 def _shown(answer: str) -> str:
+    if len(answer) < 40 and answer.isprintable() and "  " not in answer:
+        return repr(answer.strip())
     text = " ".join(answer[:500].split())
     return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from rapidfuzz import process
 
 from align.core.records import Verdict
 from reward import constraints, math_answers, simple_checks
+from reward.formulas import Formulas
 
 if TYPE_CHECKING:
     from reward.code_tests import CodeVerifier
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Verify = Callable[[str, Mapping[str, Any]], Verdict]
 
 VERIFIERS: dict[str, Verify | None] = {
-    "math": math_answers.verify,
+    "math": math_answers.verify,  # `Verifiers` adds the process that compares formulas
     "code": None,  # runs in the sandbox, which `Verifiers` starts
     "constraints": constraints.verify,
     "exact": simple_checks.verify_exact,
@@ -38,18 +38,21 @@ VerifyRow = tuple[Any, Any, Any, Any]
 
 CHUNK = 256
 """Rows held at a time; the code among them runs together, on all of the sandbox's workers."""
+CHUNK_CHARACTERS = 8_000_000
+"""Fewer rows are held where their completions are as long as this together."""
 
 
 class Verifiers:
-    """Verifies rows of any tasks; a context manager, since the sandbox of the task `code` has processes to end.
+    """Verifies rows of any tasks; a context manager, since code and some formulas need processes, which must end.
 
-    The sandbox starts when the first row of code comes.
+    The sandbox starts when the first row of code comes, math-verify when the first formula comes that needs it.
     """
 
     def __init__(self, sandbox: Mapping[str, Any] | None = None) -> None:
         """Takes the settings of `CodeVerifier`, where other than its defaults are wanted."""
         self._sandbox = dict(sandbox or {})
         self._code: CodeVerifier | None = None
+        self._formulas = Formulas()
 
     def __enter__(self) -> Verifiers:
         return self
@@ -58,6 +61,7 @@ class Verifiers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         code, self._code = self._code, None
+        self._formulas.__exit__(kind, error, trace)
         if code is not None:
             code.__exit__(kind, error, trace)
 
@@ -66,18 +70,22 @@ class Verifiers:
         """How code was isolated, for manifests; None while none has run."""
         return None if self._code is None else self._code.report
 
+    @property
+    def formulas_report(self) -> dict[str, Any] | None:
+        """How many pairs of formulas math-verify was asked about, and could not tell; None where it was not needed."""
+        return self._formulas.report
+
     def verify(self, task: Any, completion: Any, reference: Any, prompt: Any = "") -> Verdict:
         """The verdict of one row."""
         return next(iter(self.verify_many([(task, completion, reference, prompt)])))
 
     def verify_many(self, rows: Iterable[VerifyRow]) -> Iterator[Verdict]:
-        """Yields the verdict of each row, in order, holding `CHUNK` rows at a time.
+        """Yields the verdict of each row, in order, holding `CHUNK` rows at a time (fewer where they are long).
 
         Raises:
             SandboxError: code can't be run safely here; rows without code are not affected.
         """
-        remaining = iter(rows)
-        while chunk := list(islice(remaining, CHUNK)):
+        for chunk in chunks(rows):
             yield from self._verify_chunk(chunk)
 
     def _verify_chunk(self, rows: Sequence[VerifyRow]) -> list[Verdict]:
@@ -88,6 +96,8 @@ class Verifiers:
             problem = _problem(task, completion, reference)
             if problem is not None:
                 verdicts.append(Verdict.error(problem))
+            elif task == "math":
+                verdicts.append(_guarded(self._verify_math, task, completion, reference))
             elif (verify := VERIFIERS[task]) is not None:
                 verdicts.append(_guarded(verify, task, completion, reference))
             else:
@@ -96,12 +106,29 @@ class Verifiers:
         ran = iter(self._code_verifier().verify_many(code) if code else ())
         return [next(ran) if verdict is None else verdict for verdict in verdicts]
 
+    def _verify_math(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
+        return math_answers.verify(completion, reference, self._formulas)
+
     def _code_verifier(self) -> CodeVerifier:
         if self._code is None:
             from reward.code_tests import CodeVerifier  # the sandbox is only for those who run code
 
             self._code = CodeVerifier(**self._sandbox).__enter__()
         return self._code
+
+
+def chunks(rows: Iterable[VerifyRow]) -> Iterator[list[VerifyRow]]:
+    """The rows in lists of at most `CHUNK` rows, and of little more than `CHUNK_CHARACTERS` characters."""
+    chunk: list[VerifyRow] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += len(row[1]) if isinstance(row[1], str) else 0
+        if len(chunk) >= CHUNK or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _with_given_code(reference: Mapping[str, Any], prompt: Any) -> Mapping[str, Any]:
@@ -128,13 +155,16 @@ def _with_given_code(reference: Mapping[str, Any], prompt: Any) -> Mapping[str, 
 
 
 def _reference(raw: Any) -> Any:
-    """The reference as an object; its text where that is no JSON, which `_problem` then reports."""
+    """The reference as an object; its text where that is no JSON, which `_problem` then reports.
+
+    Keys that are null are taken as absent: a table gives every reference the keys of all.
+    """
     if isinstance(raw, str):
         try:
-            return json.loads(raw)
+            raw = json.loads(raw)
         except (ValueError, RecursionError):
             return raw
-    return raw
+    return {key: value for key, value in raw.items() if value is not None} if isinstance(raw, Mapping) else raw
 
 
 def _problem(task: Any, completion: Any, reference: Any) -> str | None:

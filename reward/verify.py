@@ -9,9 +9,8 @@ the verdict `error`. A program that ran out of time is an `error` whose detail b
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import tee
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -26,13 +25,11 @@ from align.core.sandbox import Accept
 from align.core.stage import Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import prompt_id_of
-from align.core.writer import DatasetWriter
 from reward.verifiers import TASKS, Verifiers, VerifyRow
 
-PROBLEM = "unverifiable"
-"""Column of the prepared rows, not of the result: why a row can't even be handed to a verifier."""
-
-_NEW = ("verdict", "reward", "detail")
+_OWN = ("verdict", "reward", "detail", "prompt", "completion")
+_ALL_TASKS = ", ".join(TASKS)
+_EMPTY: Row = dict.fromkeys(COLUMNS[Kind.COMPLETIONS])
 _ALSO_MESSAGES = ("chosen", "rejected", "answer")
 
 
@@ -52,61 +49,75 @@ class VerifyConfig(StageConfig):
 
 def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives every row with its verdict; the summary counts verdicts by task and says how code was isolated."""
-    # Columns of mixed types must become one type before the result is written; the store does that for outside rows.
-    prepared = tools.work / "rows"
-    with DatasetWriter(prepared, Kind.COMPLETIONS, lenient=True) as writer:
-        for row in _rows(config.data):
-            writer.write(row)
     summary: dict[str, Any] = {"verdicts": {}}
-    return Result(_verified(config, Table.open(prepared), tools, summary), summary)
+    return Result(_verified(config, tools, summary), summary, lenient=True)
 
 
-def _verified(config: VerifyConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
+def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
+    parts = locate(config.data, None, None, None)
     counts: dict[str, Counter[str]] = {}
-    tools.progress.start(len(table), "rows")
+    passed = 0
+    tools.progress.start(sum(part.count() for part in parts), "rows")
     settings = {"accept": config.accept, "cpu_s": config.cpu_s, "memory_mb": config.memory_mb}
+    waiting: deque[tuple[Row, str | None]] = deque()  # handed to the verifiers, which run ahead by one chunk
+
+    def for_verifiers() -> Iterator[VerifyRow]:
+        for row, reference, problem in _rows(parts):
+            waiting.append((row, problem))
+            task, text = row["task"], message_text(row["completion"])
+            yield (None, None, None, None) if problem else (task, text, reference, row["prompt"])
+
     with Verifiers(settings) as verifiers:
-        rows, copies = tee(table.rows())  # the copies run ahead by one chunk of the verifiers
-        for row, found in zip(rows, verifiers.verify_many(map(_for_verifier, copies)), strict=True):
-            problem = row.pop(PROBLEM)
+        for found in verifiers.verify_many(for_verifiers()):
+            row, problem = waiting.popleft()
             verdict = Verdict.error(problem) if problem else found
-            row |= {"verdict": verdict.verdict, "reward": verdict.reward, "detail": verdict.detail}
+            row["verdict"], row["reward"], row["detail"] = verdict.verdict, verdict.reward, verdict.detail
             of_task = counts.setdefault(row["task"] if row["task"] in TASKS else "unknown", Counter())
             of_task[verdict.verdict] += 1
-            tools.progress.advance(passed=sum(c["passed"] for c in counts.values()))
+            passed += verdict.verdict == "passed"
+            tools.progress.advance(passed=passed)
             yield row
         summary["verdicts"] = {task: dict(of_task) for task, of_task in sorted(counts.items())}
         if verifiers.sandbox_report:
             summary["sandbox"] = verifiers.sandbox_report
+        if verifiers.formulas_report:
+            summary["formulas"] = verifiers.formulas_report
 
 
-def _for_verifier(row: Row) -> VerifyRow:
-    if row[PROBLEM]:
-        return None, None, None, None
-    return row["task"], message_text(row["completion"]), row["reference"], row["prompt"]
-
-
-def _rows(data: str) -> Iterator[Row]:
-    """Every record as a row whose columns can be stored, with the reason where it can't be verified."""
-    for part in locate(data, None, None, None):
+def _rows(parts: Sequence[Part]) -> Iterator[tuple[Row, Any, str | None]]:
+    """Every record as a row that can be stored, its reference as it was read, and why it can't be verified."""
+    for part in parts:
+        split = our_split(part.split or "") or "train"
         for number, (where, record, problem) in enumerate(_records(part)):
-            given = {name: value for name, value in record.items() if name not in (*_NEW, "prompt", "completion")}
-            prompt, _ = _messages(record.get("prompt"), "user", "prompt", where)
-            completion, misread = _messages(record.get("completion"), "assistant", "completion", where)
-            for name in ("reference", "task"):
-                if record.get(name) is None:
-                    problem = problem or f"{name}: missing"
-            if not isinstance(record.get("task"), str):
-                problem = problem or f"task: expected one of {', '.join(TASKS)}, found {record.get('task')!r:.80}"
-            row: Row = dict.fromkeys(COLUMNS[Kind.COMPLETIONS])
-            row |= {"source": part.label, "source_row": number}
-            row |= stored(given, None, where)
-            row |= {"prompt": prompt, "completion": completion, PROBLEM: problem or misread}
-            row |= {name: _messages(row[name], "assistant", name, where)[0] for name in _ALSO_MESSAGES if row.get(name)}
-            row["family"] = row["family"] or row["task"]
-            row["prompt_id"] = row["prompt_id"] or prompt_id_of(prompt or [{"role": "", "content": where}])
-            row["split"] = our_split(row["split"] or part.split or "") or "train"
-            yield row
+            given = {"source": part.label, "source_row": number, "split": split}
+            try:
+                row, found = _row(record, given, where)
+            except (RecursionError, ValueError, TypeError, OverflowError) as trouble:  # nested too deeply, for one
+                reason = f"{where}: can't be stored ({type(trouble).__name__}: {trouble!s:.80})"
+                row, found = _row({}, given, where)[0], reason
+            yield row, record.get("reference"), problem or found
+
+
+def _row(record: Record, given: Row, where: str) -> tuple[Row, str | None]:
+    """The row of a record, and what is wrong with it; `given` is what the record itself need not say."""
+    prompt, _ = _messages(record.get("prompt"), "user", "prompt", where)
+    completion, misread = _messages(record.get("completion"), "assistant", "completion", where)
+    task = record.get("task")
+    if not isinstance(task, str):
+        misread = f"task: {'missing' if task is None else f'expected one of {_ALL_TASKS}, found {task!r:.80}'}"
+    elif record.get("reference") is None:
+        misread = "reference: missing"
+    row: Row = _EMPTY | given
+    row |= stored({name: value for name, value in record.items() if name not in _OWN}, None, where)
+    row["prompt"], row["completion"] = prompt, completion
+    for name in _ALSO_MESSAGES:
+        if row.get(name) is not None:
+            row[name] = _messages(row[name], "assistant", name, where)[0]
+    row["family"] = row["family"] or row["task"]
+    row["prompt_id"] = row["prompt_id"] or prompt_id_of(prompt or [{"role": "", "content": where}])
+    if row["split"] != given["split"]:
+        row["split"] = our_split(row["split"] or "") or given["split"]
+    return row, misread
 
 
 def _records(part: Part) -> Iterator[tuple[str, Record, str | None]]:
@@ -163,5 +174,6 @@ STAGE = Stage(
     needs={},
     gives=Kind.COMPLETIONS,
     run=run,
+    version=2,
     reads=("data",),
 )

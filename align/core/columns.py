@@ -13,6 +13,7 @@ from align.core.records import COLUMNS, Kind, Row
 TASK_OF = {"gsm8k": "math", "ifeval": "constraints"}
 """The task that a named way to make references means."""
 
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 _OURS = {name for columns in COLUMNS.values() for name in columns} | {"answer", "tags", "raw_tags", "parent_id"}
 
 
@@ -70,11 +71,11 @@ def stored(row: Row, kind: Kind | None, where: str) -> Row:
         elif name == "tags":
             row[name] = _tags(value)
         elif name in _OURS and not isinstance(value, str):
-            row[name] = json.dumps(value, ensure_ascii=False, default=str)
+            row[name] = _as_json(value)
         elif name in _OURS and value == "" and name != "detail":
             row[name] = None  # an empty cell of a table
         elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
-            row[name] = json.dumps(value, ensure_ascii=False, default=str)
+            row[name] = _as_json(value)
     return row
 
 
@@ -82,8 +83,11 @@ def _number(value: Any, to: type, name: str, kind: Kind | None, where: str) -> A
     if value == "":
         return None
     try:
-        return to(value)
-    except (TypeError, ValueError) as problem:
+        number = to(value)
+        if abs(number) >= 2**63 and to is int:
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError) as problem:
         if kind is None:
             return None
         raise DataError(f"{where}: {name} is {value!r:.60}, a number was expected") from problem

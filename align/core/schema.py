@@ -65,10 +65,19 @@ class Schema:
     def widen(self, table: pa.Table) -> pa.Table:
         """The table with the columns and types of the schema as it is now."""
         columns = [
-            table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+            self._cast(table[field.name], field.type)
+            if field.name in table.column_names
+            else pa.nulls(len(table), field.type)
             for field in self.arrow
         ]
         return pa.table(columns, schema=self.arrow)
+
+    def _cast(self, column: Any, kind: pa.DataType) -> Any:
+        if not self.lenient or column.type == kind:
+            return column.cast(kind)
+        if kind == _TEXT and pa.types.is_nested(column.type):
+            return pa.array([_as_text(value) for value in column.to_pylist()], _TEXT)
+        return column.cast(kind, safe=False)  # a whole number among fractions
 
     def _column(self, name: str, values: list[Any], first_row: int) -> pa.Array:
         if self._holds_messages(name):
@@ -91,7 +100,7 @@ class Schema:
         try:
             return pa.unify_schemas([one, other], promote_options="permissive").field(0).type
         except pa.ArrowException as problem:
-            if self.lenient and not self._is_fixed(name) and not pa.types.is_nested(known):
+            if self.lenient and not self._is_fixed(name):
                 return _TEXT
             raise DataError(
                 f"rows {first_row} to {first_row + len(array) - 1}, column {name!r}: {array.type} was found, and the "

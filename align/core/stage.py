@@ -102,10 +102,12 @@ class Result:
         rows: for a stage that gives a dataset. Each row holds the kind's columns; more columns may follow.
         summary: figures for the manifest, the report and the final table; may still be filled while rows stream.
             A stage that evaluates puts its table under "scores" (see align/evaluate).
+        lenient: the rows hold columns of outside whose types may change from row to row; such a column becomes text.
     """
 
     rows: Iterable[Row] | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    lenient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ _WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese and kana: one each
     r"|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
+_as_json = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 _ASCII_BLANKS = {code: " " for code in range(128) if not chr(code).isalnum()}
 
 
@@ -46,7 +47,7 @@ def stable_hash(text: str, size: int = 8) -> str:
 def prompt_id_of(prompt: Sequence[Any]) -> str:
     """The id of a prompt that came without one: the hash of its roles and contents."""
     turns = [[turn["role"], turn["content"]] for turn in prompt]
-    return stable_hash(json.dumps(turns, ensure_ascii=True, separators=(",", ":")))
+    return stable_hash(_as_json(turns))
 
 
 def root_text(prompt: Sequence[Any]) -> str:

@@ -114,7 +114,9 @@ class DatasetWriter:
             self._flush()
 
     def _count(self, name: str, value: str) -> None:
-        counter = self._counts.setdefault(name, Counter())
+        counter = self._counts.get(name)
+        if counter is None:
+            counter = self._counts[name] = Counter()
         counter[value if value in counter or len(counter) < _MOST_VALUES else "(others)"] += 1
 
     def _flush(self) -> None:
@@ -193,13 +195,14 @@ class DatasetWriter:
 
 def _characters(value: Any) -> int:
     """About how much memory a row takes, counted in characters."""
-    if isinstance(value, str):
-        return len(value)
     if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(_characters, value))
-    return 8
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return len(value) if isinstance(value, str) else 8
+    total = 0
+    for part in value:
+        total += len(part) if part.__class__ is str else 8 if part is None else _characters(part)
+    return total
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def _json_format(text: str) -> str | None:
 def _title(text: str) -> str | None:
     for line in text.split("\n"):
         start, end = line.find("<<"), line.rfind(">>")
-        if 0 <= start < end - 2 and line[start:end].strip("<>").strip():
+        if 0 <= start < end - 2 and line[start : end + 2].lstrip("<").rstrip(">").strip():
             return None
     return "no title in <<double angular brackets>>"
 

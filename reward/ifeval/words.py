@@ -27,7 +27,8 @@ def count_capital_words(text: str) -> int:
     Any period before white space is split off, not only a sentence's last one: it shows only behind an abbreviation,
     which is in capitals or not with and without it.
     """
-    spaced = " " + _ALONE.sub(r" \g<0> ", text) + " "
+    candidates = " ".join(chunk for chunk in text.split() if chunk != chunk.lower())  # the others hold no capital
+    spaced = " " + _ALONE.sub(r" \g<0> ", candidates) + " "
     spaced = re.sub(r"\s+", " ", _QUOTED.sub("' ", spaced))
     for _ in range(2):  # "I'D'VE"
         spaced = _CLITIC.sub(r" \1", spaced)
