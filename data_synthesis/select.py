@@ -270,4 +270,5 @@ STAGE = Stage(
     optional_engines=("judge",),
     reads=("judge_template",),
     adds=("tags", "selection_rank", "score_diversity", "score_richness", "score_complexity", "score_completeness"),
+    version=2,
 )

@@ -3,7 +3,8 @@
 Reads rows with `task`, `completion` and `reference` (and whatever else) and gives every row back in order, with
 `verdict`, `reward` and `detail`. Prompt and completion may be text or messages, a reference an object or its JSON text.
 One bad row never stops the others: a line that is no JSON, a missing column or a value of the wrong type is a row with
-the verdict `error`. A program that ran out of time is an `error` whose detail begins with "timeout".
+the verdict `error`. A program that ran out of time is an `error` whose detail begins with "timeout". The tasks `judge`
+and `compare` need a model in the role `judge` (see `reward.judged`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from align.core.locate import Part, locate, our_split
 from align.core.readers import Record
 from align.core.records import COLUMNS, Kind, Row, Verdict, message_text
 from align.core.sandbox import Accept
-from align.core.stage import Result, Stage, StageConfig, Tools
+from align.core.stage import Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import prompt_id_of
 from align.core.writer import DatasetWriter
+from reward.judged import JudgedConfig, as_comparison, judged
 from reward.verifiers import TASKS, Verifiers, VerifyRow
 
 PROBLEM = "unverifiable"
@@ -36,7 +38,7 @@ _NEW = ("verdict", "reward", "detail")
 _ALSO_MESSAGES = ("chosen", "rejected", "answer")
 
 
-class VerifyConfig(StageConfig):
+class VerifyConfig(JudgedConfig):
     """Settings of `verify`."""
 
     data: str = Field(
@@ -58,7 +60,8 @@ def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
         for row in _rows(config.data):
             writer.write(row)
     summary: dict[str, Any] = {"verdicts": {}}
-    return Result(_verified(config, Table.open(prepared), tools, summary), summary)
+    rows = _verified(config, Table.open(prepared), tools, summary)
+    return Result(judged(rows, tools.engines.get("judge"), config, tools.seed, summary), summary)
 
 
 def _verified(config: VerifyConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
@@ -89,7 +92,9 @@ def _for_verifier(row: Row) -> VerifyRow:
 def _rows(data: str) -> Iterator[Row]:
     """Every record as a row whose columns can be stored, with the reason where it can't be verified."""
     for part in locate(data, None, None, None):
-        for number, (where, record, problem) in enumerate(_records(part)):
+        for number, (where, given_record, unreadable) in enumerate(_records(part)):
+            record, unpaired = as_comparison(given_record, where)
+            problem = unreadable or unpaired
             given = {name: value for name, value in record.items() if name not in (*_NEW, "prompt", "completion")}
             prompt, _ = _messages(record.get("prompt"), "user", "prompt", where)
             completion, misread = _messages(record.get("completion"), "assistant", "completion", where)
@@ -163,5 +168,7 @@ STAGE = Stage(
     needs={},
     gives=Kind.COMPLETIONS,
     run=run,
-    reads=("data",),
+    engines={"judge": "a model that judges rows of the tasks judge and compare"},
+    optional_engines=("judge",),
+    reads=("data", "judge_template", "compare_template"),
 )
