@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, median
 from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -98,15 +99,19 @@ class Judgement:
     @property
     def spread(self) -> float | None:
         """Standard deviation of the votes (of the population), in points of the scale; None without a vote."""
-        return pstdev(self.votes) if self.votes else None
+        if not self.votes:
+            return None
+        mean = fmean(self.votes)
+        return sqrt(fmean((vote - mean) ** 2 for vote in self.votes))
 
     def figures(self) -> dict[str, Any]:
         """All of it, for a row."""
+        spread = self.spread
         return {
             "votes": list(self.votes),
             "mean": round(fmean(self.votes), 4) if self.votes else None,
             "median": median(self.votes) if self.votes else None,
-            "spread": None if self.spread is None else round(self.spread, 4),
+            "spread": None if spread is None else round(spread, 4),
             "unreadable": len(self.answers) - len(self.votes),
             "words": [answer.text for answer in self.answers],
         }
