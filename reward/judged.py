@@ -20,12 +20,11 @@ from pydantic import Field, ValidationError, model_validator
 from rapidfuzz import process
 
 from align.core.asking import NOT_SAMPLED, Answer, Question, ask_each, load_template
-from align.core.engines.base import Engine
 from align.core.errors import DataError, EngineError
 from align.core.formats import messages, shape_of
 from align.core.readers import Record
 from align.core.records import Kind, Message, Row, Verdict
-from align.core.stage import StageConfig
+from align.core.stage import StageConfig, Tools
 from reward.judge import TEMPLATES, JudgeConfig, Scale, Values, params_of, score, score_question
 from reward.judge_pairs import PairTally, Winner, compare, pair_questions
 
@@ -135,26 +134,24 @@ def as_comparison(record: Record, where: str) -> tuple[Record, str | None]:
     }, None
 
 
-def judged(
-    rows: Iterable[Row], engine: Engine | None, config: JudgedConfig, seed: int, summary: dict[str, Any]
-) -> Iterator[Row]:
-    """Yields every row, in order; those that waited for a judge have its verdict, if there is an engine.
+def judged(rows: Iterable[Row], config: JudgedConfig, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
+    """Yields every row, in order; those that waited for a judge have its verdict, if there is one.
 
     Args:
         rows: verified rows. Those of the tasks `JUDGED` with the detail `NEEDS_JUDGE` are judged.
-        engine: who judges; without one the rows stay as they are.
         config: the settings.
-        seed: of the sampling.
+        tools: of the step; without an engine `judge` the rows stay as they are.
         summary: gets the counts by verdict, and figures under `judge` and `compare`.
 
     Raises:
         DataError: a template can't be found, or lacks a placeholder.
         EngineError: the engine can't go on, or gave nothing for `DOWN_AFTER` rows one after the other.
     """
+    engine = tools.engines.get("judge")
     if engine is None:
         yield from rows
         return
-    desk = _Desk(config, seed)
+    desk = _Desk(config, tools.seed)
     silent = 0
     for (row, case), answers in ask_each(
         engine, map(desk.case, rows), desk.params, config.judge_attempts, config.judge_votes, whole=True
@@ -162,6 +159,7 @@ def judged(
         row["judgement"] = None
         if case is not None:
             desk.judge(row, case, answers)
+            tools.progress.advance(0, judged=desk.judged, judge_errors=desk.errors)
         if answers:
             silent = silent + 1 if all(_unsampled(a) for votes in answers for a in votes) else 0
         if silent >= DOWN_AFTER:
@@ -195,6 +193,7 @@ class _Desk:
         self.verdicts: dict[str, Counter[str]] = {}
         self.counts: dict[str, Counter[str]] = {}
         self.rewards = self.spreads = 0.0
+        self.judged = self.errors = 0
         self.pairs = PairTally()
 
     def case(self, row: Row) -> tuple[tuple[Row, _Case | None], Sequence[Question[Any]]]:
@@ -260,6 +259,8 @@ class _Desk:
         row |= {"verdict": verdict.verdict, "reward": verdict.reward, "detail": verdict.detail}
         row["judgement"] = None if figures is None else json.dumps(figures, ensure_ascii=False)
         self.verdicts.setdefault(task, Counter())[verdict.verdict] += 1
+        self.judged += 1
+        self.errors += verdict.verdict == "error"
         flat = [answer for votes in answers for answer in votes]
         self.counts.setdefault(task, Counter()).update(
             rows=1,

@@ -61,7 +61,7 @@ def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
             writer.write(row)
     summary: dict[str, Any] = {"verdicts": {}}
     rows = _verified(config, Table.open(prepared), tools, summary)
-    return Result(judged(rows, tools.engines.get("judge"), config, tools.seed, summary), summary)
+    return Result(judged(rows, config, tools, summary), summary)
 
 
 def _verified(config: VerifyConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -140,3 +142,27 @@ def test_preferences_as_whole_dialogues_are_compared_with_all_their_turns(tmp_pa
     assert summary["verdicts"]["compare"] == {"failed": 100 - len(errors), **({"error": len(errors)} if errors else {})}
     assert len(errors) <= 5 and all("rejected" in detail for detail in errors)
     assert any(text.count("assistant\n") >= 1 and text.count("user\n") >= 2 for text in seen)
+
+
+def test_the_example_of_the_page_gives_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "judge.md").read_text("utf-8").partition("## An example that runs")[2]
+    blocks_of_code = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (_, judge), (_, answers), (_, commands), (_, expected) = blocks_of_code[:4]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_judge.py").write_text(judge)
+    (tmp_path / "answers.jsonl").write_text(answers)
+    (command,) = [line for line in commands.splitlines() if line.startswith("align ")]
+    align(*shlex.split(command)[1:])
+    shown = [json.loads(line) for line in expected.splitlines()]
+    found = [{key: row[key] for key in shown[0]} for row in rows(tmp_path / "runs" / "judged")]
+    assert found == shown
+
+
+def test_a_real_model_is_asked_and_its_words_are_kept_though_they_are_no_score(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", [{**some_rows(3)[1], "completion": "It is red."}])
+    settings = ["judge_max_tokens=8", "judge_attempts=1", "judge_template=Rate this. {completion}"]
+    align("verify", f"data={data}", "judge=tiny", *settings, f"out={tmp_path / 'out'}")
+    (row,) = rows(tmp_path / "out")
+    assert row["verdict"] == "error" and row["detail"].startswith("the judge gave no score in 1 attempts: ")
+    assert json.loads(row["judgement"])["words"][0] and manifest(tmp_path / "out").engines["judge"].name == "tiny"

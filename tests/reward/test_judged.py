@@ -209,6 +209,10 @@ def test_templates_may_be_files_of_ones_own(tmp_path: Path) -> None:
     assert asked.texts == ["Rate Red. by hue"]
 
 
+def tools_with(judge: ScriptedEngine) -> Tools:
+    return Tools(0, {"judge": judge}, Silent(), Path("nowhere"), Path("nowhere"))
+
+
 def rows_to_judge(number: int) -> Iterator[Row]:
     for place in range(number):
         yield {
@@ -225,12 +229,12 @@ def test_a_failed_sample_is_an_error_of_its_row_and_an_engine_that_is_down_stops
         return failed if "0\n===" in str(prompt[0]["content"]) else "Score: 9"  # type: ignore[index]
 
     summary: dict[str, Any] = {}
-    rows = list(judged(rows_to_judge(30), ScriptedEngine(third), JudgedConfig(), 0, summary))
+    rows = list(judged(rows_to_judge(30), JudgedConfig(), tools_with(ScriptedEngine(third)), summary))
     assert [row["id"] for row in rows if row["verdict"] == "error"] == [0, 10, 20]
     assert rows[0]["detail"] == "the judge gave no score in 3 attempts: not sampled: overloaded"
     assert summary["judge"]["unsampled_votes"] == 3 and summary["judge"]["unreadable_votes"] == 0
     with pytest.raises(EngineError, match=f"gave nothing for {DOWN_AFTER} rows one after the other.*overloaded"):
-        list(judged(rows_to_judge(2 * DOWN_AFTER), ScriptedEngine([failed]), JudgedConfig(), 0, {}))
+        list(judged(rows_to_judge(2 * DOWN_AFTER), JudgedConfig(), tools_with(ScriptedEngine([failed])), {}))
 
 
 def test_rows_are_read_a_bounded_number_ahead() -> None:
@@ -242,6 +246,6 @@ def test_rows_are_read_a_bounded_number_ahead() -> None:
             read += 1
             yield row
 
-    given = judged(rows(), ScriptedEngine("Score: 9"), JudgedConfig(), 0, {})
+    given = judged(rows(), JudgedConfig(), tools_with(ScriptedEngine("Score: 9")), {})
     assert next(given)["id"] == 0 and read <= 1024
     assert sum(1 for _ in given) == 1999
