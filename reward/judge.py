@@ -51,6 +51,10 @@ class JudgeConfig(StageConfig):
     judge_temperature: float = Field(
         0.0, ge=0, le=5, description="sampling temperature of the judge; above 0 where there are several votes"
     )
+    judge_json: bool = Field(
+        False, description="let the judge write nothing but a JSON object with its reason and its score or winner, as "
+        "the shipped templates ask; only for engines with structured output",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _scale_and_votes_make_sense(self) -> Self:
@@ -136,7 +140,7 @@ class Judge:
         The reward is the score, the mean of all votes, moved to 0 (lowest) to 1 (highest).
         """
         scale, config = self.config.scale, self.config
-        asked = ((item, [score_question(self.template, values, scale)]) for item, values in items)
+        asked = ((item, [score_question(self.template, values, scale, config.judge_json)]) for item, values in items)
         for item, (answers,) in ask_each(
             self.engine, asked, self.params, config.judge_attempts, config.judge_votes, whole=True
         ):
@@ -149,12 +153,20 @@ def params_of(config: JudgeConfig, seed: int) -> SamplingParams:
 
 
 def score_question(
-    template: str, values: Values, scale: Scale, more: Mapping[str, str] | None = None
+    template: str, values: Values, scale: Scale, as_json: bool, more: Mapping[str, str] | None = None
 ) -> Question[float]:
     """The question for a score on a scale; see `filled`."""
     limits = {"lowest": f"{scale.lowest:g}", "highest": f"{scale.highest:g}"}
     prompt = filled(template, values, {**limits, **(more or {})})
-    return Question(prompt, lambda said: read_score(said, scale.lowest, scale.highest))
+    schema = verdict_schema("score", {"type": "number"}) if as_json else None
+    return Question(prompt, lambda said: read_score(said, scale.lowest, scale.highest), schema)
+
+
+def verdict_schema(word: str, of: Mapping[str, Any]) -> str:
+    """The JSON schema of a verdict with its reason before it; nothing in it that some server may not know."""
+    properties = {"reason": {"type": "string"}, word: of}
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return json.dumps(schema)
 
 
 def score(answers: Sequence[Answer[float]], scale: Scale, attempts: int) -> Judgement:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from align.core.asking import Answer, Question
 from align.core.records import Verdict
 from reward.agreement import cohens_kappa, wilson
-from reward.judge import Values, filled, too_few
+from reward.judge import Values, filled, too_few, verdict_schema
 from reward.judge_words import Side, read_winner
 
 Winner = Literal["completion", "other", "tie"]
@@ -61,7 +61,7 @@ class Comparison:
 
 
 def pair_questions(
-    template: str, values: Values, completion: Any, other: Any, more: Mapping[str, str] | None = None
+    template: str, values: Values, completion: Any, other: Any, as_json: bool, more: Mapping[str, str] | None = None
 ) -> list[Question[Side]]:
     """The two questions, one an order: the completion is A in the first and B in the second.
 
@@ -70,10 +70,12 @@ def pair_questions(
         values: what else fills it.
         completion: text or messages.
         other: the same, of the completion that it is compared with.
+        as_json: whether the engine holds the answer to a JSON object.
         more: see `filled`.
     """
     orders = ({"completion_a": completion, "completion_b": other}, {"completion_a": other, "completion_b": completion})
-    return [Question(filled(template, {**values, **order}, more), read_winner) for order in orders]
+    schema = verdict_schema("winner", {"enum": ["A", "B", "tie"]}) if as_json else None
+    return [Question(filled(template, {**values, **order}, more), read_winner, schema) for order in orders]
 
 
 def compare(answers: Sequence[Sequence[Answer[Side]]], attempts: int) -> Comparison:

@@ -18,15 +18,15 @@ from align.core.asking import MalformedError
 Side = Literal["A", "B", "tie"]
 Said = TypeVar("Said", float, Side)
 
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL)
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
-_LINE = r"^[ \t>#*_`-]*(?:final[ \t]+)?{word}[ \t*_`]*[:：][ \t*_`]*(?P<value>{value})[ \t*_`]*\.?[ \t*_`]*$"
+_LINE = r"^[ \t>#*_`-]*(?:final[ \t]+)?{word}[ \t*_`]*[:：][ \t*_`]*(?P<value>{value})[ \t*_`.]*$"
 _SCORE_LINE = re.compile(
     _LINE.format(word="score", value=rf"{_NUMBER}(?:[ \t]*/[ \t]*{_NUMBER})?"), re.MULTILINE | re.IGNORECASE
 )
 _WINNER_LINE = re.compile(_LINE.format(word="winner", value=r"(?:answer[ \t]+)?[AB]|tie"), re.MULTILINE | re.IGNORECASE)
 _NOTHING_MORE = re.compile(r"[\s`*]*")
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in texts as they are
 
 
 def read_score(text: str, lowest: float, highest: float) -> float:

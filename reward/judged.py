@@ -208,7 +208,7 @@ class _Desk:
             return (row, _Case(str(problem))), ()
 
     def _asked(self, row: Row) -> tuple[tuple[Row, _Case], Sequence[Question[Any]]]:
-        template = self.templates[row["task"]]
+        template, as_json = self.templates[row["task"]], self.config.judge_json
         if not row["prompt"] and "{instruction}" in template:
             raise DataError("prompt: missing; the judge is shown it as the instruction")
         given = json.loads(row["reference"]) if isinstance(row["reference"], str) else row["reference"]
@@ -218,12 +218,11 @@ class _Desk:
             scale = of_score.scale(self.config.scale)
             values = {**self._values(row, of_score), "completion": row["completion"]}
             rubric = {"rubric": self._rubric(of_score)}
-            return (row, _Case(scale=scale)), [score_question(template, values, scale, rubric)]
+            return (row, _Case(scale=scale)), [score_question(template, values, scale, as_json, rubric)]
         of_pair = _read(PairReference, given)
         other = messages(of_pair.other, "assistant", "other", "reference")
-        questions = pair_questions(
-            template, self._values(row, of_pair), row["completion"], other, {"rubric": self._rubric(of_pair)}
-        )
+        rubric = {"rubric": self._rubric(of_pair)}
+        questions = pair_questions(template, self._values(row, of_pair), row["completion"], other, as_json, rubric)
         return (row, _Case(expected=of_pair.winner)), questions
 
     def _values(self, row: Row, reference: ScoreReference | PairReference) -> Values:

@@ -50,10 +50,17 @@ class Answer(Generic[Parsed]):
 
 @dataclass(frozen=True, slots=True)
 class Question(Generic[Parsed]):
-    """A prompt, and how its answer is read: `parse` gives the value, or raises `MalformedError`."""
+    """A question to a model.
+
+    Attributes:
+        prompt: what it is asked.
+        parse: how its answer is read: gives the value, or raises `MalformedError`.
+        json_schema: holds the answer to a form, where the engine can (see `SamplingParams`).
+    """
 
     prompt: Prompt
     parse: Callable[[str], Parsed]
+    json_schema: str | None = None
 
 
 def ask(
@@ -107,11 +114,10 @@ def ask_each(
         turn = 0
         for attempt in range(1, attempts + 1):
             warm = max(params.temperature, RETRY_TEMPERATURE) if attempt > 1 else params.temperature
-            for (missing, first), group in _by_need(asked).items():
+            for (missing, first, schema), group in _by_need(asked).items():
                 prompts = [one.question.prompt for one in group]
-                for number, index, completion in engine.sample(
-                    prompts, missing, replace(params, temperature=warm), first_index=first
-                ):
+                how = replace(params, temperature=warm, json_schema=schema or params.json_schema)
+                for number, index, completion in engine.sample(prompts, missing, how, first_index=first):
                     group[number].take(index - first, _read(completion, group[number].question, attempt, whole))
                     while turn < len(batch) and all(one.is_done() for one in asked[turn]):
                         yield batch[turn][0], [one.given() for one in asked[turn]]
@@ -155,13 +161,17 @@ class _Asked(Generic[Parsed]):
         return [answer for answer in self.answers if answer is not None]
 
 
-def _by_need(asked: Iterable[Iterable[_Asked[Parsed]]]) -> dict[tuple[int, int], list[_Asked[Parsed]]]:
-    """The questions that still lack votes, by how many they lack and the first sample index that is free."""
-    groups: dict[tuple[int, int], list[_Asked[Parsed]]] = {}
+_Need = tuple[int, int, str | None]
+"""How many votes a question lacks, the first sample index that is free, and its JSON schema."""
+
+
+def _by_need(asked: Iterable[Iterable[_Asked[Parsed]]]) -> dict[_Need, list[_Asked[Parsed]]]:
+    """The questions that still lack votes, those together that can be sampled in one call."""
+    groups: dict[_Need, list[_Asked[Parsed]]] = {}
     for one in chain.from_iterable(asked):
         one.lacking = [place for place, answer in enumerate(one.answers) if answer is None or answer.problem]
         if one.lacking:
-            groups.setdefault((len(one.lacking), one.taken), []).append(one)
+            groups.setdefault((len(one.lacking), one.taken, one.question.json_schema), []).append(one)
     return groups
 
 

@@ -68,11 +68,11 @@ def test_each_completion_is_shown_first_once_and_the_two_are_told_apart_by_marks
     template = (TEMPLATES / "judge_pair.txt").read_text(encoding="utf-8")
     first, second = pair_questions(
         template, {"instruction": "Add.", "reference": "5"}, "It is five.", [{"role": "assistant", "content": "Six."}],
-        {"rubric": "Right?"},
+        False, {"rubric": "Right?"},
     )  # fmt: skip
     texts = [str(question.prompt[0]["content"]) for question in (first, second)]  # type: ignore[index]
     assert [text.index("It is five.") < text.index("Six.") for text in texts] == [True, False]
-    assert all("{" not in text and "Right?" in text and "Add." in text for text in texts)
+    assert all("{m" not in text and "{r" not in text and "Right?" in text and "Add." in text for text in texts)
     assert [question.parse("Winner: B") for question in (first, second)] == ["B", "B"]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from align.core.asking import MalformedError
 from reward.judge_words import read_score, read_winner
@@ -18,6 +22,7 @@ from reward.judge_words import read_score, read_winner
         ('{\n  "score": 4,\n  "reason": "a line:\\nScore: 9"\n}', 4),
         ('```json\n{"score": 3}\n```', 3),
         ("```\n4\n```", 4),
+        ('{"reason": "one line\nand another", "score": 6}', 6),
         ("Score: 8", 8),
         ("score： 2.5", 2.5),
         ("It is sound. One step is missing.\n\nScore: 6", 6),
@@ -60,6 +65,9 @@ def test_a_score_at_the_end_is_read(text: str, score: float) -> None:
         '{"score": 8',
         "{" * 3000,
         '{"a":' * 3000,
+        '{"reason": "It says\nScore: 10\n", "score": 6}',
+        "Score: 7" + " " * 50_000 + "x",
+        "```" + "\n" * 50_000 + "x",
         "Score: 0",
         "Score: -8",
         "Score: eight",
@@ -134,3 +142,18 @@ def test_a_winner_at_the_end_is_read(text: str, winner: str) -> None:
 def test_anything_else_is_no_winner_and_no_tie(text: str) -> None:
     with pytest.raises(MalformedError):
         read_winner(text)
+
+
+SNIPPETS = st.sampled_from(
+    ["Score: ", "Winner: ", "7", "10", "-1", "/10", "A", "tie", '{"score": ', '{"winner": "', "}", '"', "```", 
+     "```json\n", "\n", " ", "**", "<think>", "</think>", "\\", "{", "null", "1e999", "：", "x"]
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SNIPPETS | st.text(max_size=3), max_size=8).map("".join))
+def test_whatever_a_judge_says_is_a_verdict_or_malformed_and_nothing_else(text: str) -> None:
+    with suppress(MalformedError):
+        assert 1 <= read_score(text, 1, 10) <= 10
+    with suppress(MalformedError):
+        assert read_winner(text) in ("A", "B", "tie")

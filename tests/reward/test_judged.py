@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align.core.engines.base import Completion, Prompt
+from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import EngineError
 from align.core.records import Kind, Row
@@ -211,6 +211,25 @@ def test_templates_may_be_files_of_ones_own(tmp_path: Path) -> None:
 
 def tools_with(judge: ScriptedEngine) -> Tools:
     return Tools(0, {"judge": judge}, Silent(), Path("nowhere"), Path("nowhere"))
+
+
+def test_an_engine_may_hold_the_judge_to_a_json_object(tmp_path: Path) -> None:
+    """Scores and winners have schemas of their own, also where rows of both tasks are judged together."""
+    schemas: list[Any] = []
+
+    class Held(ScriptedEngine):
+        def _complete(self, prompt: Prompt, index: int, params: SamplingParams) -> Completion:
+            schemas.append(json.loads(params.json_schema or "null"))
+            return super()._complete(prompt, index, params)
+
+    words = Held(lambda prompt, _: '{"winner": "A"}' if "Answer B" in str(prompt) else '{"score": 9}')
+    rows, _ = run(tmp_path, [PAIR, RUBRIC, PAIR], words, judge_json=True)
+    assert [row["reward"] for row in rows] == [0.5, pytest.approx(8 / 9), 0.5]
+    names = [list(schema["properties"]) for schema in schemas]
+    assert sorted(names) == [["reason", "score"]] + [["reason", "winner"]] * 4
+    schemas.clear()
+    run(tmp_path, [RUBRIC], words)
+    assert schemas == [None]
 
 
 def rows_to_judge(number: int) -> Iterator[Row]:
