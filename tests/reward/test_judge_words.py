@@ -145,7 +145,7 @@ def test_anything_else_is_no_winner_and_no_tie(text: str) -> None:
 
 
 SNIPPETS = st.sampled_from(
-    ["Score: ", "Winner: ", "7", "10", "-1", "/10", "A", "tie", '{"score": ', '{"winner": "', "}", '"', "```", 
+    ["Score: ", "Winner: ", "7", "10", "-1", "/10", "A", "tie", '{"score": ', '{"winner": "', "}", '"', "```",
      "```json\n", "\n", " ", "**", "<think>", "</think>", "\\", "{", "null", "1e999", "：", "x"]
 )  # fmt: skip
 
