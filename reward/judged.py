@@ -206,6 +206,9 @@ class _Desk:
             return self._asked(row)
         except DataError as problem:
             return (row, _Case(str(problem))), ()
+        except Exception as bug:  # a bug of ours on one row in a million must not cost the other rows
+            what = f"{type(bug).__name__}: {bug!s:.200}"
+            return (row, _Case(f"{row['task']}: no question could be made ({what}); please report this")), ()
 
     def _asked(self, row: Row) -> tuple[tuple[Row, _Case], Sequence[Question[Any]]]:
         template, as_json = self.templates[row["task"]], self.config.judge_json
