@@ -154,7 +154,10 @@ class PairTally:
         return found
 
     def _agreement(self) -> dict[str, Any]:
-        """Accuracy in percent with its 95% interval; a tie is wrong unless the label is one."""
+        """Accuracy in percent with its 95% interval; a tie is wrong unless the label is one.
+
+        Labels that are all the same, as those of preferences are, leave nothing to agree on beyond chance: no kappa.
+        """
         right = sum(count for (winner, expected), count in self.labels.items() if winner == expected)
         labelled = self.labels.total()
         low, high = wilson(right, labelled)
@@ -165,7 +168,7 @@ class PairTally:
             "accuracy": round(100 * right / labelled, 2),
             "low": round(low, 2),
             "high": round(high, 2),
-            "kappa": _rounded(cohens_kappa(self.labels)),
+            "kappa": _rounded(cohens_kappa(self.labels)) if len({label for _, label in self.labels}) > 1 else None,
         }
 
 

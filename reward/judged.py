@@ -169,6 +169,8 @@ def judged(rows: Iterable[Row], config: JudgedConfig, tools: Tools, summary: dic
             )
         yield row
     desk.report(summary)
+    for task in desk.counts:
+        tools.progress.say(f"{task}: {_in_words(summary[task])}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +288,21 @@ class _Desk:
                     "mean_reward": round(self.rewards / judged_rows, 4),
                     "mean_spread": round(self.spreads / judged_rows, 4),
                 }
+
+
+def _in_words(figures: Mapping[str, Any]) -> str:
+    """The figures that a person wants to see at once."""
+    said = [f"{figures['rows'] - figures['errors']} of {figures['rows']} rows judged"]
+    if "mean_reward" in figures:
+        said.append(f"mean reward {figures['mean_reward']:g}")
+    if "wins" in figures:
+        said.append(f"{figures['wins']} wins, {figures['ties']} ties, {figures['losses']} losses")
+    if figures.get("first_position_share") is not None:
+        said.append(f"the first of two took {figures['first_position_share']:.0%}")
+        said.append(f"the orders disagree on {figures['inconsistent_share']:.0%}")
+    if labels := figures.get("labels"):
+        said.append(f"right by {labels['n']} labels {labels['accuracy']:g}% ({labels['low']:g} to {labels['high']:g})")
+    return ", ".join(said)
 
 
 def _unsampled(answer: Answer[Any]) -> bool:

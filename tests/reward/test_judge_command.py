@@ -43,7 +43,12 @@ def some_rows(number: int) -> list[dict[str, Any]]:
 
 def test_any_engine_judges_from_the_command_line_and_from_a_recipe(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "rows.jsonl", some_rows(12))
-    align("verify", f"data={data}", f"judge={LONGER}", f"out={tmp_path / 'alone'}")
+    said = align("verify", f"data={data}", f"judge={LONGER}", f"out={tmp_path / 'alone'}")
+    assert "verify: judge: 6 of 9 rows judged, mean reward" in said
+    assert (
+        "verify: compare: 2 of 3 rows judged, 1 wins, 1 ties, 0 losses, the first of two took 50%, "
+        "the orders disagree on 0%\n"
+    ) in said
     (tmp_path / "r.yaml").write_text(
         f"name: r\nengines:\n  j: {LONGER}\nsteps:\n"
         f"  v: {{stage: verify, with: {{data: {data}}}, engines: {{judge: j}}}}\n"

@@ -93,6 +93,7 @@ def test_a_judge_that_always_takes_the_first_wins_nothing_and_is_seen() -> None:
     assert (labels["n"], labels["right"], labels["tied"], labels["accuracy"], labels["low"]) == (10, 0, 10, 0, 0)
     assert labels["high"] == pytest.approx(27.75, abs=0.01)  # z²/(n + z²) = 3.8415/13.8415
     assert labels["kappa"] == 0
+    assert tally([("A", "A", "other"), ("A", "B", "other")]).summary()["labels"]["kappa"] is None
 
 
 def test_agreement_is_counted_over_rows_that_could_be_judged() -> None:
