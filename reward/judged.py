@@ -16,17 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
-from rapidfuzz import process
+from pydantic import Field
 
 from align.core.asking import NOT_SAMPLED, Answer, Question, ask_each, load_template
 from align.core.errors import DataError, EngineError
-from align.core.formats import messages, shape_of
-from align.core.readers import Record
-from align.core.records import Kind, Message, Row, Verdict
-from align.core.stage import StageConfig, Tools
+from align.core.formats import messages
+from align.core.records import Message, Row, Verdict
+from align.core.stage import Tools
 from reward.judge import TEMPLATES, JudgeConfig, Scale, Values, params_of, score, score_question
 from reward.judge_pairs import PairTally, Winner, compare, pair_questions
+from reward.judge_references import PairReference, ScoreReference, read_reference
 
 JUDGED: tuple[str, ...] = ("judge", "compare")
 """Tasks that no program can verify."""
@@ -59,79 +58,6 @@ class JudgedConfig(JudgeConfig):
         "Does it do what the instruction asks: correctly above all, then completely and to the point?", min_length=1,
         description="what counts, for rows whose reference has no rubric of its own",
     )  # fmt: skip
-
-
-class ScoreReference(StageConfig):
-    """What a row of the task `judge` says in its reference."""
-
-    rubric: str | list[str] | None = Field(None, description="what counts; a list is criteria")
-    answer: str | None = Field(None, description="a reference answer to compare with")
-    lowest: float | None = Field(None, allow_inf_nan=False, description="lowest score; the setting's by default")
-    highest: float | None = Field(None, allow_inf_nan=False, description="highest score; the setting's by default")
-    pass_from: float | None = Field(
-        None, allow_inf_nan=False, description="the score from which on it passes; the setting's place on the scale"
-    )
-
-    def scale(self, default: Scale) -> Scale:
-        """The row's scale; what it doesn't say is as in the settings, `pass_from` at the same share of the scale.
-
-        Raises:
-            DataError: lowest is not below highest, or pass_from is not between them.
-        """
-        lowest = default.lowest if self.lowest is None else self.lowest
-        highest = default.highest if self.highest is None else self.highest
-        if not lowest < highest:
-            raise DataError(f"reference.lowest: found {lowest:g}, expected less than highest, {highest:g}")
-        share = (default.pass_from - default.lowest) / (default.highest - default.lowest)
-        pass_from = lowest + share * (highest - lowest) if self.pass_from is None else self.pass_from
-        if not lowest <= pass_from <= highest:
-            raise DataError(f"reference.pass_from: found {pass_from:g}, expected {lowest:g} to {highest:g}")
-        return Scale(lowest, highest, pass_from)
-
-
-class PairReference(StageConfig):
-    """What a row of the task `compare` says in its reference."""
-
-    other: str | list[Any] = Field(description="the completion to compare with, text or messages")
-    winner: Winner | None = Field(None, description="the winner by a person's judgement, where it is known")
-    rubric: str | list[str] | None = Field(None, description="what counts; a list is criteria")
-    answer: str | None = Field(None, description="a reference answer to compare with")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_message_is_a_list_of_one(cls, given: Any) -> Any:
-        other = given.get("other") if isinstance(given, dict) else None
-        return {**given, "other": [other]} if isinstance(other, dict) else given
-
-
-def as_comparison(record: Record, where: str) -> tuple[Record, str | None]:
-    """A preference without a completion as a row of the task `compare`; any other record as it is.
-
-    Returns:
-        the record, and why the preference can't be read, if it can't.
-    """
-    if record.get("completion") is not None or record.get("chosen") is None or record.get("rejected") is None:
-        return record, None
-    try:
-        (row,) = shape_of(list(record), Kind.PREFERENCES, where)(record, where)
-    except DataError as problem:
-        return record | {"task": "compare"}, str(problem)
-    reference = record.get("reference") if record.get("task") == "compare" else None
-    if isinstance(reference, str):
-        try:
-            reference = json.loads(reference)
-        except (ValueError, RecursionError):
-            return record, f"{where}: reference: no JSON object: {reference!r:.80}"
-    if reference is not None and not isinstance(reference, Mapping):
-        return record, f"{where}: reference: expected an object, found {type(reference).__name__}"
-    reference = {**(reference or {}), "other": row["rejected"], "winner": "completion"}
-    return {
-        **record,
-        "task": "compare",
-        "prompt": row["prompt"],
-        "completion": row["chosen"],
-        "reference": reference,
-    }, None
 
 
 def judged(rows: Iterable[Row], config: JudgedConfig, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
@@ -216,15 +142,13 @@ class _Desk:
         template, as_json = self.templates[row["task"]], self.config.judge_json
         if not row["prompt"] and "{instruction}" in template:
             raise DataError("prompt: missing; the judge is shown it as the instruction")
-        given = json.loads(row["reference"]) if isinstance(row["reference"], str) else row["reference"]
-        given = {key: value for key, value in given.items() if value is not None}
         if row["task"] == "judge":
-            of_score = _read(ScoreReference, given)
+            of_score = read_reference(ScoreReference, row["reference"])
             scale = of_score.scale(self.config.scale)
             values = {**self._values(row, of_score), "completion": row["completion"]}
             rubric = {"rubric": self._rubric(of_score)}
             return (row, _Case(scale=scale)), [score_question(template, values, scale, as_json, rubric)]
-        of_pair = _read(PairReference, given)
+        of_pair = read_reference(PairReference, row["reference"])
         other = messages(of_pair.other, "assistant", "other", "reference")
         rubric = {"rubric": self._rubric(of_pair)}
         questions = pair_questions(template, self._values(row, of_pair), row["completion"], other, as_json, rubric)
@@ -308,21 +232,3 @@ def _in_words(figures: Mapping[str, Any]) -> str:
 def _unsampled(answer: Answer[Any]) -> bool:
     """Whether the engine gave nothing, so that there was nothing to read."""
     return answer.problem.startswith(NOT_SAMPLED)
-
-
-def _read(of: Any, given: Mapping[str, Any]) -> Any:
-    try:
-        return of.model_validate_json(json.dumps(given))
-    except ValidationError as invalid:
-        raise DataError("; ".join(_told(of, error) for error in invalid.errors(include_url=False))) from invalid
-
-
-def _told(of: type[StageConfig], error: Any) -> str:
-    name = str(error["loc"][0]) if error["loc"] else ""
-    where = f"reference.{name}" if name else "reference"
-    if error["type"] == "extra_forbidden":
-        nearest = process.extractOne(name[:80], list(of.model_fields))
-        return f"{where}: unknown; did you mean {nearest[0] if nearest else 'rubric'!r}?"
-    if error["type"] == "missing":
-        return f"{where}: missing: {of.model_fields[name].description}"
-    return f"{where}: {error['msg']}, found {error['input']!r:.80}"

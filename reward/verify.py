@@ -28,7 +28,8 @@ from align.core.stage import Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import prompt_id_of
 from align.core.writer import DatasetWriter
-from reward.judged import JudgedConfig, as_comparison, judged
+from reward.judge_references import as_comparison
+from reward.judged import JudgedConfig, judged
 from reward.verifiers import TASKS, Verifiers, VerifyRow
 
 PROBLEM = "unverifiable"
