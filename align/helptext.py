@@ -31,7 +31,7 @@ def print_stage_help(stage: Stage, console: Console) -> None:
     _print(
         console, "Inputs (an engine is a model, or {kind: …, model: …} with its settings)", [*inputs, *_engines(stage)]
     )
-    _print(console, "Settings", settings_rows(stage.config))
+    _print(console, "Settings", sorted(settings_rows(stage.config), key=lambda row: row[2] != "required"))
     run_rows = [
         ("out", "path", "required", "folder for the result: data/ or model/, manifest.json, a card"),
         ("seed", "int", "0", "decides all randomness"),

@@ -210,7 +210,7 @@ def checked(
             rows = ((row["task"], one.text, row["reference"], row["prompt"]) for row, _, one in items)
             return verifiers.verify_many(rows)
         values = (
-            (None, {"instruction": last_user_text(row), "principle": v.principle.text, "completion": one.text})
+            (None, {"instruction": row["prompt"], "principle": v.principle.text, "completion": one.text})
             for row, v, one in items
         )
         return (verdict for _, verdict in judge.judge_many(values))
@@ -282,4 +282,5 @@ STAGE = Stage(
     reads=("constitution", "template", "judge_template"),
     asks=asks,
     adds=("finish_reason", "told", "principle", "kept"),
+    version=2,
 )

@@ -30,12 +30,11 @@ from data_synthesis.sampling import (
     SamplingConfig,
     Tally,
     answered,
-    last_user_text,
     sampled,
     verified,
     wanted,
 )
-from reward.judge import Judge, JudgeConfig
+from reward.judge import Judge, JudgeConfig, Values
 from reward.math_answers import equation_key, equations_hold
 from reward.verifiers import Verifiers
 
@@ -141,10 +140,10 @@ def judged(groups: Iterable[list[Row]], judge: Judge, max_error_share: float) ->
     """
     budget = ErrorBudget("reject (judge)", max_error_share)
 
-    def questions(rows: list[Row]) -> Iterator[tuple[Row, Mapping[str, str]]]:
+    def questions(rows: list[Row]) -> Iterator[tuple[Row, Values]]:
         for row in rows:
             if row["kept"]:
-                yield row, {"instruction": last_user_text(row), "completion": message_text(row["completion"])}
+                yield row, {"instruction": row["prompt"], "completion": message_text(row["completion"])}
 
     for rows, judgements in answered(groups, questions, judge.judge_many):
         for row, judgement in judgements:
@@ -209,4 +208,5 @@ STAGE = Stage(
     reads=("judge_template",),
     asks=asks,
     adds=("finish_reason", "kept"),
+    version=2,
 )

@@ -276,4 +276,5 @@ STAGE = Stage(
     reads=("judge_template",),
     asks=asks,
     adds=("tags", "selection_rank", "score_diversity", "score_richness", "score_complexity", "score_completeness"),
+    version=2,
 )

@@ -1,7 +1,7 @@
 """How each task is verified: one table, and `Verifiers`, which gives a verdict for every row in order.
 
-No verifier takes a model; a task that needs one is judged (`reward.judge`). Whatever is wrong with a row becomes its
-verdict `error` and stops no other.
+No verifier takes a model; a row of a task that needs one (`reward.judged`) gets an error that says so. Whatever is
+wrong with a row becomes its verdict `error` and stops no other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rapidfuzz import process
 from align.core.records import Verdict
 from reward import constraints, math_answers, simple_checks
 from reward.formulas import Formulas
+from reward.judged import JUDGED, NEEDS_JUDGE
 
 if TYPE_CHECKING:
     from reward.code_tests import CodeVerifier
@@ -31,7 +32,7 @@ VERIFIERS: dict[str, Verify | None] = {
     "tags": simple_checks.verify_tags,
     "principle": simple_checks.verify_principle,
 }
-TASKS: tuple[str, ...] = tuple(VERIFIERS)
+TASKS: tuple[str, ...] = (*VERIFIERS, *JUDGED)
 
 VerifyRow = tuple[Any, Any, Any, Any]
 """Task, completion text, reference (an object, or its JSON string), prompt text; of any type: rows may be broken."""
@@ -171,7 +172,7 @@ def _problem(task: Any, completion: Any, reference: Any) -> str | None:
     """Why a row can't be verified, or None."""
     if not isinstance(task, str):
         return f"task: expected one of {', '.join(TASKS)}, found {task!r:.80}"
-    if task not in VERIFIERS:
+    if task not in TASKS:
         nearest = process.extractOne(task[:80], TASKS)
         return f"task: no verifier for {task!r:.80}; did you mean {nearest[0] if nearest else TASKS[0]!r}?"
     if not isinstance(completion, str):
@@ -180,7 +181,7 @@ def _problem(task: Any, completion: Any, reference: Any) -> str | None:
         return f"reference: no JSON object: {reference!r:.80}"
     if not isinstance(reference, Mapping):
         return f"reference: expected an object, found {type(reference).__name__}"
-    return None
+    return NEEDS_JUDGE if task in JUDGED else None
 
 
 def _guarded(verify: Verify, task: str, completion: str, reference: Mapping[str, Any]) -> Verdict:

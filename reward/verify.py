@@ -3,7 +3,8 @@
 Reads rows with `task`, `completion` and `reference` (and whatever else) and gives every row back in order, with
 `verdict`, `reward` and `detail`. Prompt and completion may be text or messages, a reference an object or its JSON text.
 One bad row never stops the others: a line that is no JSON, a missing column or a value of the wrong type is a row with
-the verdict `error`. A program that ran out of time is an `error` whose detail begins with "timeout".
+the verdict `error`. A program that ran out of time is an `error` whose detail begins with "timeout". The tasks `judge`
+and `compare` need a model in the role `judge` (see `reward.judged`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from align.core.locate import Part, locate, our_split
 from align.core.readers import Record
 from align.core.records import COLUMNS, Kind, Row, Verdict, message_text
 from align.core.sandbox import Accept
-from align.core.stage import Result, Stage, StageConfig, Tools
+from align.core.stage import Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import prompt_id_of
+from reward.judge_references import as_comparison
+from reward.judged import JudgedConfig, judged
 from reward.verifiers import TASKS, Verifiers, VerifyRow
 
 _OWN = ("verdict", "reward", "detail", "prompt", "completion")
@@ -33,7 +36,7 @@ _EMPTY: Row = dict.fromkeys(COLUMNS[Kind.COMPLETIONS])
 _ALSO_MESSAGES = ("chosen", "rejected", "answer")
 
 
-class VerifyConfig(StageConfig):
+class VerifyConfig(JudgedConfig):
     """Settings of `verify`."""
 
     data: str = Field(
@@ -50,7 +53,8 @@ class VerifyConfig(StageConfig):
 def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives every row with its verdict; the summary counts verdicts by task and says how code was isolated."""
     summary: dict[str, Any] = {"verdicts": {}}
-    return Result(_verified(config, tools, summary), summary, lenient=True)
+    rows = _verified(config, tools, summary)
+    return Result(judged(rows, config, tools, summary), summary, lenient=True)
 
 
 def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
@@ -91,6 +95,8 @@ def _rows(parts: Sequence[Part]) -> Iterator[tuple[Row, Any, str | None]]:
         for number, (where, record, problem) in enumerate(_records(part)):
             given = {"source": part.label, "source_row": number, "split": split}
             try:
+                record, unpaired = as_comparison(record, where)
+                problem = problem or unpaired
                 row, found = _row(record, given, where)
             except (RecursionError, ValueError, TypeError, OverflowError) as trouble:  # nested too deeply, for one
                 reason = f"{where}: can't be stored ({type(trouble).__name__}: {trouble!s:.80})"
@@ -175,5 +181,7 @@ STAGE = Stage(
     gives=Kind.COMPLETIONS,
     run=run,
     version=2,
-    reads=("data",),
+    engines={"judge": "a model that judges rows of the tasks judge and compare"},
+    optional_engines=("judge",),
+    reads=("data", "judge_template", "compare_template"),
 )

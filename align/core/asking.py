@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
-from align.core.errors import DataError
+from align.core.errors import DataError, EngineError
 
 RETRY_TEMPERATURE = 0.7
 """A retry is sampled at this temperature at least: a greedy one would give the same answer again [our choice]."""
 
-BATCH = 256
-"""Questions that wait for their retries together."""
+BATCH = 1024
+"""Items whose questions are asked, and asked again, together."""
+
+NOT_SAMPLED = "not sampled"
+"""How the problem of an answer begins that the engine failed to give."""
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
@@ -45,6 +48,21 @@ class Answer(Generic[Parsed]):
     problem: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Question(Generic[Parsed]):
+    """A question to a model.
+
+    Attributes:
+        prompt: what it is asked.
+        parse: how its answer is read: gives the value, or raises `MalformedError`.
+        json_schema: holds the answer to a form, where the engine can (see `SamplingParams`).
+    """
+
+    prompt: Prompt
+    parse: Callable[[str], Parsed]
+    json_schema: str | None = None
+
+
 def ask(
     engine: Engine,
     questions: Iterable[tuple[Item, Prompt]],
@@ -61,28 +79,112 @@ def ask(
         params: of the first attempt; later ones are sampled at `RETRY_TEMPERATURE` at least.
         attempts: most samples a question; 1 is no retry.
     """
-    remaining = iter(questions)
+    items = ((item, [Question(prompt, parse)]) for item, prompt in questions)
+    for item, answers in ask_each(engine, items, params, attempts):
+        yield item, answers[0][0]
+
+
+def ask_each(
+    engine: Engine,
+    items: Iterable[tuple[Item, Sequence[Question[Parsed]]]],
+    params: SamplingParams,
+    attempts: int,
+    votes: int = 1,
+    whole: bool = False,
+) -> Iterator[tuple[Item, list[list[Answer[Parsed]]]]]:
+    """Yields each item with the answers to its questions, in order: for every question a list of `votes` of them.
+
+    A vote that can't be read is asked for again, at the sample index after the last one that its question used.
+
+    Args:
+        engine: who is asked.
+        items: an item of the caller's and its questions, none or several; read a batch ahead, and never while the
+            engine samples, so that they may come from the same engine.
+        params: of the first attempt; later ones are sampled at `RETRY_TEMPERATURE` at least.
+        attempts: most samples for one vote; 1 is no retry.
+        votes: answers wanted to each question.
+        whole: an answer that was cut off at `max_tokens` counts as malformed ("Score: 1" may have become "Score: 10").
+
+    Raises:
+        EngineError: the engine can't go on, or gave too few completions.
+    """
+    remaining = iter(items)
     while batch := list(islice(remaining, BATCH)):
-        answers: dict[int, Answer[Parsed]] = {}
-        for attempt in range(attempts):
-            open_places = [place for place in range(len(batch)) if place not in answers or answers[place].problem]
-            if not open_places:
-                break
-            how = params if attempt == 0 else replace(params, temperature=max(params.temperature, RETRY_TEMPERATURE))
-            prompts = [batch[place][1] for place in open_places]
-            for number, _, completion in engine.sample(prompts, 1, how, first_index=attempt):
-                answers[open_places[number]] = _read(completion, parse, attempt + 1)
-        for place, (item, _) in enumerate(batch):
-            yield item, answers[place]
+        asked = [[_Asked(question, votes) for question in questions] for _, questions in batch]
+        turn = 0
+        for attempt in range(1, attempts + 1):
+            warm = max(params.temperature, RETRY_TEMPERATURE) if attempt > 1 else params.temperature
+            for (missing, first, schema), group in _by_need(asked).items():
+                prompts = [one.question.prompt for one in group]
+                how = replace(params, temperature=warm, json_schema=schema or params.json_schema)
+                for number, index, completion in engine.sample(prompts, missing, how, first_index=first):
+                    group[number].take(index - first, _read(completion, group[number].question, attempt, whole))
+                    while turn < len(batch) and all(one.is_done() for one in asked[turn]):
+                        yield batch[turn][0], [one.given() for one in asked[turn]]
+                        turn += 1
+                for one in group:
+                    one.taken += missing
+                    if None in one.answers:
+                        raise EngineError(
+                            f"{engine.generator}: the engine gave too few completions for a prompt; this is a fault of "
+                            "the engine, not of the prompt"
+                        )
+        for place in range(turn, len(batch)):
+            yield batch[place][0], [one.given() for one in asked[place]]
 
 
-def _read(completion: Completion, parse: Callable[[str], Parsed], attempts: int) -> Answer[Parsed]:
+class _Asked(Generic[Parsed]):
+    """A question with the answers so far.
+
+    Attributes:
+        answers: by vote; None where the engine has not answered yet.
+        lacking: votes that this round asks for.
+        taken: sample indices used so far.
+    """
+
+    def __init__(self, question: Question[Parsed], votes: int) -> None:
+        self.question = question
+        self.answers: list[Answer[Parsed] | None] = [None] * votes
+        self.lacking: list[int] = []
+        self.taken = 0
+
+    def take(self, place: int, answer: Answer[Parsed]) -> None:
+        """Takes an answer of this round in, by its place among those that were lacking."""
+        self.answers[self.lacking[place]] = answer
+
+    def is_done(self) -> bool:
+        """Whether every vote could be read."""
+        return all(answer is not None and not answer.problem for answer in self.answers)
+
+    def given(self) -> list[Answer[Parsed]]:
+        """The answers, when all rounds are over."""
+        return [answer for answer in self.answers if answer is not None]
+
+
+_Need = tuple[int, int, str | None]
+"""How many votes a question lacks, the first sample index that is free, and its JSON schema."""
+
+
+def _by_need(asked: Iterable[Iterable[_Asked[Parsed]]]) -> dict[_Need, list[_Asked[Parsed]]]:
+    """The questions that still lack votes, those together that can be sampled in one call."""
+    groups: dict[_Need, list[_Asked[Parsed]]] = {}
+    for one in chain.from_iterable(asked):
+        one.lacking = [place for place, answer in enumerate(one.answers) if answer is None or answer.problem]
+        if one.lacking:
+            groups.setdefault((len(one.lacking), one.taken, one.question.json_schema), []).append(one)
+    return groups
+
+
+def _read(completion: Completion, question: Question[Parsed], attempts: int, whole: bool) -> Answer[Parsed]:
     if completion.finish_reason == "error":
-        return Answer(None, completion.text, attempts, f"not sampled: {completion.error}")
+        return Answer(None, completion.text, attempts, f"{NOT_SAMPLED}: {completion.error}")
+    if whole and completion.finish_reason == "length":
+        problem = f"cut off after {len(completion.token_ids)} tokens, the most that were allowed"
+        return Answer(None, completion.text, attempts, problem)
     try:
-        return Answer(parse(completion.text), completion.text, attempts)
+        return Answer(question.parse(completion.text), completion.text, attempts)
     except MalformedError as problem:
-        return Answer(None, completion.text, attempts, str(problem))
+        return Answer(None, completion.text, attempts, str(problem) or "malformed")
 
 
 def load_template(setting: str, shipped: Path, needs: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """Scores with their intervals, and the test of one step against another.
 
-Every score is in percent. An interval is Wilson's at 95% (Wilson 1927), which stays inside 0-100 and is right near
-both ends, where the small families of a held-out set often are.
+Every score is in percent. An interval is Wilson's at 95% (Wilson 1927).
 """
 
 from __future__ import annotations
@@ -13,32 +12,10 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.records import Row
 from align.core.store import Table
-
-Z95 = 1.959963984540054
-"""Two-sided 95% quantile of the normal distribution."""
+from reward.agreement import wilson
 
 EXACT_UP_TO = 50
 """McNemar's p is the exact binomial one up to this number of items that differ, the normal one beyond."""
-
-
-def wilson(k: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share k/n, in percent.
-
-    Args:
-        k: successes; a fraction where an item is the mean of several samples.
-        n: independent items; 0 gives the whole range.
-
-    Raises:
-        ValueError: k is not between 0 and n.
-    """
-    if not 0 <= k <= n:
-        raise ValueError(f"wilson: k = {k} is not between 0 and n = {n}")
-    if n == 0:
-        return 0.0, 100.0
-    share, z2 = k / n, Z95 * Z95
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float]:

@@ -1,11 +1,12 @@
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from align.core.asking import MalformedError, ask, fill, load_template
+from align.core.asking import MalformedError, Question, ask, ask_each, fill, load_template
 from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.engines.scripted import ScriptedEngine
-from align.core.errors import DataError
+from align.core.errors import DataError, EngineError
 
 FAILED = Completion("", (), "error", error="overloaded")
 
@@ -66,3 +67,79 @@ def test_braces_in_a_template_or_an_instruction_stay_as_they_are() -> None:
     assert (
         fill(template, {"instruction": "print {name}", "name": "me"}) == 'JSON like {"tag": 1} for print {name} by me'
     )
+
+
+def test_every_vote_that_cannot_be_read_is_asked_for_again_at_the_next_free_index() -> None:
+    """Three votes: `a` lacks one after the first round (index 1), so index 3 is sampled for it; `b` lacks two, so 3 and
+    4, of which 4 fails and 5 is sampled in its place; `c` lacks none. Answers stand in the places of their votes.
+    """
+    engine = ScriptedEngine(
+        {"a": ["1", "x", "3", "4"], "b": ["x", "y", "3", "4", "z", "6"], "c": ["1", "2", "3"]}, ahead=3
+    )
+    items = [(name, [Question(name, number)]) for name in "abc"]
+    found = dict(ask_each(engine, items, SamplingParams(), attempts=3, votes=3))
+    assert {name: [answer.value for answer in votes] for name, (votes,) in found.items()} == {
+        "a": [1, 4, 3], "b": [4, 6, 3], "c": [1, 2, 3],
+    }  # fmt: skip
+    assert [answer.attempts for answer in found["b"][0]] == [2, 3, 1]
+    assert engine.calls == 9 + (1 + 2) + 1
+
+
+def test_a_vote_that_can_never_be_read_stays_an_answer_without_a_value() -> None:
+    engine = ScriptedEngine(["1", "x"])
+    ((_, (votes,)),) = ask_each(engine, [("a", [Question("a", number)])], SamplingParams(), attempts=1, votes=2)
+    assert [(answer.value, answer.problem) for answer in votes] == [(1, ""), (None, "no number: x")]
+
+
+def test_items_with_no_question_and_with_several_keep_their_order_and_each_question_its_own_reading() -> None:
+    engine = ScriptedEngine({"a": "1", "b": "b", "c": "3"}, ahead=8)
+    items = [
+        (0, []), (1, [Question("a", number), Question("b", str.upper)]), (2, []), (3, [Question("c", number)]), (4, []),
+    ]  # fmt: skip
+    found = list(ask_each(engine, items, SamplingParams(), attempts=1))
+    assert [(item, [votes[0].value for votes in answers]) for item, answers in found] == [
+        (0, []), (1, [1, "B"]), (2, []), (3, [3]), (4, []),
+    ]  # fmt: skip
+    assert list(ask_each(ScriptedEngine([]), [(0, []), (1, [])], SamplingParams(), attempts=1)) == [(0, []), (1, [])]
+
+
+def test_an_answer_that_was_cut_off_is_malformed_where_it_must_be_whole() -> None:
+    """Of "1 0" one token is allowed: "1" is a number, but not the one that was meant."""
+    params = SamplingParams(max_tokens=1)
+    ((_, (votes,)),) = ask_each(
+        ScriptedEngine("1 0"), [(0, [Question("a", number)])], params, attempts=1, votes=1, whole=True
+    )
+    assert votes[0].value is None and votes[0].problem.startswith("cut off after 1 tokens")
+    ((_, (votes,)),) = ask_each(ScriptedEngine("1 0"), [(0, [Question("a", number)])], params, attempts=1)
+    assert votes[0].value == 1
+
+
+def test_the_questions_of_a_batch_are_read_before_the_engine_samples_and_answers_come_as_they_are_ready() -> None:
+    """Questions may come from the same engine, which can't do two things at once; nobody waits for a whole batch."""
+    at_work: list[bool] = []
+    busy = False
+
+    def answer(prompt: Prompt, index: int) -> str:
+        nonlocal busy
+        busy = True
+        return "1"
+
+    def questions() -> Iterator[tuple[int, list[Question[int]]]]:
+        for place in range(3):
+            at_work.append(busy)
+            yield place, [Question(f"q{place}", number)]
+
+    engine = ScriptedEngine(answer)
+    assert next(ask_each(engine, questions(), SamplingParams(), attempts=1))[0] == 0
+    assert at_work == [False, False, False] and engine.calls == 1
+
+
+def test_an_engine_that_leaves_a_question_out_is_told() -> None:
+    class Forgetful(ScriptedEngine):
+        def sample(
+            self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
+        ) -> Iterator[tuple[int, int, Completion]]:
+            yield from list(super().sample(prompts, n, params, first_index))[1:]
+
+    with pytest.raises(EngineError, match="too few completions"):
+        list(ask(Forgetful("1"), [("a", "a"), ("b", "b")], number, SamplingParams(), attempts=1))

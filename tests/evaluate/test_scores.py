@@ -6,7 +6,8 @@ from math import comb
 
 import pytest
 
-from align.evaluate.scores import Tally, mcnemar, wilson
+from align.evaluate.scores import Tally, mcnemar
+from reward.agreement import wilson
 
 
 def test_wilson_interval_of_half_of_100() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reward import verifiers as module
-from reward.verifiers import CHUNK, TASKS, VERIFIERS, Verifiers, VerifyRow
+from reward.verifiers import CHUNK, VERIFIERS, Verifiers, VerifyRow
 
 GOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
     "math": ("#### 72", "#### 73", {"answer": "72"}),
@@ -20,7 +20,7 @@ GOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def test_every_task_takes_its_gold_answer_and_refuses_a_near_miss() -> None:
-    assert set(GOLD) == set(TASKS)
+    assert set(GOLD) == set(VERIFIERS)
     with Verifiers() as verifiers:
         for task, (good, bad, reference) in GOLD.items():
             assert verifiers.verify(task, good, reference).verdict == "passed", task

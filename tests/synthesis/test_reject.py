@@ -109,6 +109,20 @@ def test_a_judge_must_find_a_right_path_reasonable_and_sees_no_others(bench: Ben
         bench.run(STAGE, {"samples": 4}, engines, prompts=[a_sum(1)])
 
 
+def test_a_judge_sees_all_turns_of_a_dialogue(bench: Bench) -> None:
+    asked = []
+
+    def judge(prompt: Any, index: int) -> str:
+        asked.append(prompt[0]["content"])
+        return "9"
+
+    turns = [("system", "Be brief."), ("user", "3?"), ("assistant", "3."), ("user", "Plus 2?")]
+    row = {**a_sum(1), "prompt": [{"role": role, "content": content} for role, content in turns]}
+    bench.run(STAGE, {"samples": 1}, {"sampler": ScriptedEngine(RIGHT), "judge": ScriptedEngine(judge)}, prompts=[row])
+    places = [asked[0].index(text) for text in (" system\nBe brief.", " user\n3?", " assistant\n3.", " user\nPlus 2?")]
+    assert places == sorted(places)
+
+
 def test_held_out_prompts_and_prompts_without_a_task_are_passed_by(bench: Bench) -> None:
     prompts = [a_sum(1), a_sum(2, split="test"), a_prompt(3, task=None, reference=None), a_sum(4, split="dev")]
     engine = ScriptedEngine(RIGHT)

@@ -146,7 +146,7 @@ def test_instructions_that_the_judge_finds_incomplete_are_not_selected(bench: Be
     """
 
     def judge(prompt: Any, index: int) -> str:
-        text = prompt[0]["content"].splitlines()[3]
+        text = prompt[0]["content"].splitlines()[5]
         return {"say 1": "5", "say 4": "6"}.get(text, "10")
 
     rows = bench.run(STAGE, {"count": 2}, {"judge": ScriptedEngine(judge)}, prompts=pool())
