@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import select
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from align.core.errors import SandboxError
 from align.core.sandbox.inside.codec import MAX_BYTES, Channel, CodecError, Reader, TooHeavy, to_json
@@ -79,7 +80,6 @@ class Slot:
         self.limits = limits
         self.zygotes: dict[str, Zygote] = {}
         self.closed = False
-        self.null = os.open(os.devnull, os.O_RDWR)
 
     def call(
         self, code: str, calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]], setup: str = ""
@@ -101,7 +101,7 @@ class Slot:
         def once() -> Answers:
             channel, theirs = self._pair(LIGHT_BYTES, LIGHT_TOTAL)
             with closing(channel):
-                child = self._spawn("runner", [self.null, self.null, self.null], theirs)
+                child = self._spawn("runner", theirs)
                 self._send(channel, job)
                 frames, timeout = self._listen(channel, [child], len(calls), ("end", "opaque", "unreadable"))
             last = frames[-1] if frames else {}
@@ -156,9 +156,9 @@ class Slot:
             line, far = self._pair()
             channel, theirs = self._pair()
             with closing(line), closing(channel):
-                runner = self._spawn("runner", [self.null, self.null, self.null], far)
+                runner = self._spawn("runner", far)
                 self._send(line, solving)
-                checker = self._spawn("checker", [self.null, self.null, self.null], theirs, line.fileno())
+                checker = self._spawn("checker", theirs, {4: line.fileno()})
                 line.close()
                 self._send(channel, testing)
                 frames, timeout = self._listen(channel, [checker, runner], 1, ("passed", "failed", "opaque", "broken"))
@@ -182,13 +182,11 @@ class Slot:
             channel, theirs = self._pair(LIGHT_BYTES)
             reading, writing = os.pipe()
             try:
-                with tempfile.TemporaryFile() as file:
-                    file.write(stdin)
-                    file.seek(0)
-                    try:
-                        child = self._spawn("runner", [file.fileno(), writing, self.null], theirs)
-                    finally:
-                        os.close(writing)
+                try:
+                    with _input(stdin) as file:
+                        child = self._spawn("runner", theirs, {0: file.fileno(), 1: writing})
+                finally:
+                    os.close(writing)
                 output = _Drain(reading, keep)
                 with closing(channel):
                     self._send(channel, job)
@@ -214,9 +212,6 @@ class Slot:
         for zygote in self.zygotes.values():
             zygote.close()
         self.zygotes.clear()
-        if self.null >= 0:
-            os.close(self.null)
-            self.null = -1
 
     def _twice(self, once: Callable[[], T]) -> T:
         """Do it, and once more with new zygotes if the machinery failed."""
@@ -255,11 +250,11 @@ class Slot:
         ours.settimeout(START_TIMEOUT_S)
         return Channel(ours, max_bytes, max_total), theirs
 
-    def _spawn(self, name: str, files: list[int], theirs: socket.socket, *others: int) -> Child:
-        """A new child of a zygote, which takes over `theirs`."""
+    def _spawn(self, name: str, theirs: socket.socket, others: Mapping[int, int] | None = None) -> Child:
+        """A new child of a zygote, which takes over `theirs` as its 3; `others` are more descriptors for it."""
         with theirs:
             zygote = self.zygote(name)
-            zygote.spawn(self.limits, [*files, theirs.fileno(), *others])
+            zygote.spawn(self.limits, {3: theirs.fileno(), **(others or {})})
         return Child(zygote)
 
     def _send(self, channel: Channel, job: Mapping[str, Any]) -> None:
@@ -348,6 +343,22 @@ class Slot:
                     self._note(child)
                 except TimeoutError:
                     raise Trouble("the sandbox's interpreter does not answer") from None
+
+
+def _input(data: bytes) -> IO[bytes]:
+    """A file with this content, which no program can change: in memory and sealed, where the system has that."""
+    if sys.platform != "linux":
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+    else:
+        file = os.fdopen(os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
+    file.write(data)
+    file.seek(0)
+    if sys.platform == "linux":
+        import fcntl
+
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
 
 
 class _Drain:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,12 @@ class Zygote:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def spawn(self, limits: Limits, descriptors: Sequence[int]) -> None:
-        """Have it fork a child with these descriptors as its 0, 1, 2, …"""
-        request = {"spawn": {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20}}
+    def spawn(self, limits: Limits, descriptors: Mapping[int, int]) -> None:
+        """Have it fork a child with these descriptors, `{its: ours}`; those below that are not given lead to its own
+        `/dev/null`."""
+        child = {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20, "at": list(descriptors)}
         try:
-            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], list(descriptors))
+            socket.send_fds(self.control, [json.dumps({"spawn": child}).encode() + b"\n"], list(descriptors.values()))
         except OSError as error:
             raise Trouble(f"the sandbox's interpreter is gone: {error}") from None
 
