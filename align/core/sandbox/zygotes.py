@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.core.sandbox import bubblewrap
+from align.core.sandbox.inside import Refused
+
 START_TIMEOUT_S = 60.0
 
 _BOOT = """
@@ -71,7 +74,13 @@ class Zygote:
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         # Not -I: it would drop the fixed hash seed, which makes verdicts repeatable; the environment is clean anyway.
-        command = [getattr(sys, "_base_executable", "") or sys.executable, "-s", "-P", "-S", "-B", "-c", code]
+        python, arguments = getattr(sys, "_base_executable", "") or sys.executable, ["-s", "-P", "-S", "-B", "-c", code]
+        try:
+            command = bubblewrap.command(python, arguments) if level == 3 else [python, *arguments]
+        except Refused as refused:
+            self.control.close()
+            theirs.close()
+            raise Refusal(refused.step, refused.code) from None
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -143,7 +152,8 @@ class Zygote:
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         if self.process.stderr:
             self.process.stderr.close()

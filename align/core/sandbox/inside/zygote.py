@@ -55,7 +55,11 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
     for name in WARM:
         with contextlib.suppress(ImportError):
             __import__(name)
-    os.environ.pop("LD_LIBRARY_PATH", None)  # the interpreter may have needed it to start
+    for name in (
+        "LD_LIBRARY_PATH",
+        "PWD",
+    ):  # the first was to start with; the second is bubblewrap's
+        os.environ.pop(name, None)
     in_use = isolation.memory_in_use()
     try:
         isolation.enter(level)
