@@ -15,8 +15,7 @@ import pytest
 
 from align.core.errors import SandboxError
 from align.core.records import Verdict
-from align.core.sandbox import Limits
-from reward.code_tests import CodeVerifier, _verify, extract_code
+from reward.code_tests import CodeVerifier, extract_code
 from tests.core.sandbox.places import slot_or_skip
 from tests.reward.forgeries import FORGERIES
 
@@ -77,19 +76,6 @@ def test_no_forgery_passes_and_honest_code_passes_after_each(kind: str) -> None:
     assert broken == {}
     unexplained = {n: v for n, v in zip(names, verdicts[::2], strict=True) if "sandbox:" in v.detail or not v.detail}
     assert unexplained == {}
-
-
-@pytest.mark.slow
-def test_no_forgery_passes_at_level_2_either() -> None:
-    slot = slot_or_skip(2, Limits(cpu_s=1, wall_s=3, memory_mb=256))
-    try:
-        for name, code in FORGERIES.items():
-            if name not in COSTLY:
-                verdict = _verify(slot, code, REFERENCES["literal asserts"])
-                assert verdict.verdict != "passed", name
-        assert _verify(slot, HONEST, REFERENCES["literal asserts"]).verdict == "passed"
-    finally:
-        slot.close()
 
 
 PROGRAM = {"io": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "4\n", "stdout": "16\n\n"}]}
@@ -358,7 +344,10 @@ def test_the_last_block_that_holds_code_is_taken() -> None:
 def test_a_level_that_is_too_low_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.core.sandbox._probe", lambda slot: ["nothing works"] if slot.level else [])
     with (
-        pytest.raises(SandboxError, match="level 4: nothing works\n  level 3: nothing works\n  level 2: nothing works\nLevel 4 needs"),
+        pytest.raises(
+            SandboxError,
+            match="level 4: nothing works\n  level 3: nothing works\n  level 2: nothing works\nLevel 4 needs",
+        ),
         CodeVerifier(1),
     ):
         pass
