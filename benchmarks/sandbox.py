@@ -153,6 +153,7 @@ def main() -> None:
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cores": os.cpu_count(),
             "python": platform.python_version(),
+            "load": [round(x, 1) for x in os.getloadavg()],
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

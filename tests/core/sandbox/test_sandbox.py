@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,12 +21,13 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import SandboxError
-from align.core.sandbox import Limits, Sandbox, Slot, Trouble
+from align.core.sandbox import MECHANISM, Limits, Sandbox, Slot, Trouble
 from align.core.sandbox.inside.codec import MAX_BYTES, MAX_DEPTH
 from align.core.sandbox.inside.isolation import DESCRIPTORS, SCRATCH_BYTES, SCRATCH_FILES, THREADS
 from align.core.sandbox.slot import KEPT_OUTPUT, LIGHT_HASHED, MAX_OUTPUT, TRIES
 from align.core.sandbox.zygotes import Refusal, Zygote
 from reward.code_tests import _verify
+from tests.core.sandbox.hostile import HOSTILE
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -186,6 +189,18 @@ def test_the_limits_are_those_of_the_documents() -> None:
     for said in ("16 MiB", "4,096 files", "64 descriptors", "64 threads", "64 KiB", "64 MiB", "8 MiB", "200 deep",
                  "2,000 hashed", "three times"):  # fmt: skip
         assert said in page, said
+
+
+def test_the_documents_figures_are_the_benchmarks() -> None:
+    page = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks" / "results" / "sandbox.json").read_text())
+    assert dict(re.findall(r"^\| ([a-z][^|]*?) \| ([\d.]+) \|$", page, re.MULTILINE)) == {
+        way: f"{cpu_ms:.1f}" for way, cpu_ms in measured["cpu_ms"].items()
+    }
+    assert measured["date"][:10] in page
+    assert f"The {len(HOSTILE)} hostile programs" in page
+    for level, mechanism in MECHANISM.items():
+        assert f"| {level} | " in page, mechanism
 
 
 def test_output_is_kept_up_to_a_limit_and_a_flood_is_ended() -> None:
