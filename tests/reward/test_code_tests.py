@@ -86,7 +86,7 @@ def test_verdicts_are_the_same_at_every_level(level: int) -> None:
     work = [(code, ref) for ref in REFERENCES.values() for code in programs.values()]
     work += [("print(int(input()) ** 2)", PROGRAM), ("print(9)", PROGRAM), ("while True: pass", PROGRAM)]
     verifier = CodeVerifier()
-    verifier.sandbox = Sandbox(2, accept="unsafe", levels=(level,), cpu_s=0.3, wall_s=5)
+    verifier.sandbox = Sandbox(2, accept="unsafe", levels=(level,), cpu_s=0.2, wall_s=8)
     with verifier:
         verdicts = list(verifier.verify_many(work))
         report = verifier.report
@@ -229,6 +229,8 @@ def data():
         "assert ident(list(range(300000))) == list(range(300000))", "assert ident({i for i in range(5000)}) == set(range(5000))",
         "assert keys({'a': 1, 'b': 2}) == {'a', 'b'} and list(keys({'a': 1})) == ['a']", "assert keys({'a': 1}) == {'a'}",
         "assert sorted(values({'a': 2, 'b': 1})) == [1, 2]", "assert pairs({'a': 1}) == {('a', 1)}",
+        "import functools, operator\nassert apply(functools.partial(pow, 2), [3]) == [8]", "assert apply(operator.itemgetter(0), ['ab']) == ['a']",
+        "class Twice:\n    def __call__(self, x): return 2 * x\nassert apply(Twice(), [1, 2]) == [2, 4]",
         "assert listed(x * x for x in range(3)) == [0, 1, 4]", "assert listed(map(str, [1])) == ['1']",
         "assert listed(zip([1], 'a')) == [(1, 'a')] and listed(iter([])) == []",
         "import itertools\nassert first(itertools.count(5), 3) == [5, 6, 7]", "assert json.dumps(ident([1])) == '[1]'",
