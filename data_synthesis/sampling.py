@@ -48,7 +48,7 @@ class SamplingConfig(StageConfig):
     )  # fmt: skip
 
     accept: Accept = Field("isolated", description="what isolation is enough to run code; unsafe runs it without any")
-    cpu_s: float = Field(5.0, gt=0, description="CPU seconds for all tests of one program")
+    cpu_s: float = Field(8.0, gt=0, description="CPU seconds for all tests of one program")
     memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
 
     @property
@@ -206,6 +206,8 @@ def verified(
                 if verdict.verdict == "error" and not verdict.detail.startswith("timeout"):
                     budget.count(True, verdict.detail, seen_before=True)
             rows.append(completion_row(row, index, completion, verdict, generator))
+            if row["task"] == "code":
+                rows[-1]["sandbox_level"] = verifiers.sandbox_level
         yield rows
     budget.check()
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from align.core.errors import SandboxError
 from align.core.records import Verdict
 from align.core.sandbox import Accept, Answers, Checked, Sandbox, Slot, Trouble
 from align.core.sandbox.inside.codec import CodecError
@@ -42,7 +43,7 @@ class CodeVerifier:
         workers: executions at the same time; None for the number of usable cores.
         accept: what isolation is enough, see `Sandbox`.
         cpu_s: CPU seconds for all tests of one completion (for each input of a program).
-        wall_s: the backstop in seconds of the clock; None for six times `cpu_s`.
+        wall_s: the backstop in seconds of the clock; None for four times `cpu_s`.
         memory_mb: memory of one execution beyond the interpreter's own, MiB.
     """
 
@@ -101,13 +102,11 @@ def _fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Language and content of each fenced block with content; a fence left open ends with the text."""
     blocks: list[tuple[str, str]] = []
     fence, language, indent, lines = "", "", "", list[str]()
-    for line in text.splitlines():
+    for line in re.split(r"\r\n|\r|\n", text):  # not `splitlines`, which also splits within strings of the program
         if not fence:
-            opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*\{?\.?(\w*)[^`]*$", line)
-            if opening:
-                indent, fence, language = opening[1], opening[2], opening[3].lower()
-                lines = []
-        elif re.match(rf"^\s*{re.escape(fence[0])}{{{len(fence)},}}\s*$", line):
+            fence, language, indent = _opening(line)
+            lines = []
+        elif (closing := line.strip()).startswith(fence) and not closing.strip(fence[0]):
             blocks.append((language, "\n".join(lines)))
             fence = ""
         else:
@@ -115,6 +114,20 @@ def _fenced_blocks(text: str) -> list[tuple[str, str]]:
     if fence:
         blocks.append((language, "\n".join(lines)))
     return [(name, code + "\n") for name, code in blocks if _holds_code(code)]
+
+
+def _opening(line: str) -> tuple[str, str, str]:
+    """The fence that a line opens, its language, and the white space before it; an empty fence where it opens none.
+
+    By hand, since a pattern for all of it takes quadratic time on a long line.
+    """
+    stripped = line.lstrip()
+    rest = stripped.lstrip(stripped[:1]) if stripped[:1] in ("`", "~") else stripped
+    fence = stripped[: len(stripped) - len(rest)]
+    if len(fence) < 3 or "`" in rest:
+        return "", "", ""
+    language = re.match(r"\s*\{?\.?(\w*)", rest)
+    return fence, language[1].lower() if language else "", line[: len(line) - len(stripped)]
 
 
 def _holds_code(text: str) -> bool:
@@ -129,9 +142,11 @@ def _defines(code: str, name: str) -> bool:
 
 
 def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
+    if isinstance(reference, Mapping):  # in parquet each has the keys of all, null where it has none
+        reference = {key: value for key, value in reference.items() if value is not None}
     problem = _problem(reference)
     if problem:
-        return Verdict.error(f"reference: {problem}")
+        return Verdict.error(_line(f"reference: {problem}"))
     try:
         if "io" in reference:
             return _verify_program(slot, reference.get("prompt", "") + extract_code(completion), reference["io"])
@@ -140,6 +155,10 @@ def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdic
         return Verdict.error(_line(f"sandbox: {trouble}"))
     except CodecError as error:
         return Verdict.error(_line(f"can't be run: {error}"))
+    except SandboxError:
+        raise
+    except Exception as bug:  # a bug of ours on one row in a million must not cost the other rows
+        return Verdict.error(_line(f"sandbox: the verifier failed ({type(bug).__name__}: {bug}); please report this"))
 
 
 def _problem(reference: Any) -> str:
@@ -254,8 +273,9 @@ def _judge_check(checked: Checked, tests: Sequence[str], entry_point: str | None
 
 
 def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
-    message = f"{raised.get('type')}: {raised.get('message')}"
-    line = f" (line {raised['line']})" if raised.get("line") else ""
+    kind, said, at = raised.get("type"), raised.get("message"), raised.get("line")  # of any type: the program sends it
+    message = f"{kind if isinstance(kind, str) else '?'}: {said if isinstance(said, str) else '?'}"
+    line = f" (line {at})" if type(at) is int else ""
     if where == "setup":
         return Verdict.error(_line(f"reference: setup raised {message}"))
     if where == "code":
@@ -297,5 +317,5 @@ def _show(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[: 4 * MAX_DETAIL].split()))
     return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."

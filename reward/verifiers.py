@@ -49,8 +49,12 @@ class Verifiers:
     The sandbox starts when the first row of code comes, math-verify when the first formula comes that needs it.
     """
 
-    def __init__(self, sandbox: Mapping[str, Any] | None = None) -> None:
-        """Takes the settings of `CodeVerifier`, where other than its defaults are wanted."""
+    def __init__(
+        self, sandbox: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Takes the settings of `CodeVerifier`, where other than its defaults are wanted, and what tells a person how
+        code is isolated when the sandbox starts."""
+        self._say = say
         self._sandbox = dict(sandbox or {})
         self._code: CodeVerifier | None = None
         self._formulas = Formulas()
@@ -75,6 +79,11 @@ class Verifiers:
     def formulas_report(self) -> dict[str, Any] | None:
         """How many pairs of formulas math-verify was asked about, and could not tell; None where it was not needed."""
         return self._formulas.report
+
+    @property
+    def sandbox_level(self) -> int | None:
+        """The isolation level that code ran at, for rows; None while none has run."""
+        return None if self._code is None else self._code.sandbox.level
 
     def verify(self, task: Any, completion: Any, reference: Any, prompt: Any = "") -> Verdict:
         """The verdict of one row."""
@@ -115,6 +124,8 @@ class Verifiers:
             from reward.code_tests import CodeVerifier  # the sandbox is only for those who run code
 
             self._code = CodeVerifier(**self._sandbox).__enter__()
+            for line in self._code.sandbox.lines():
+                self._say(line)
         return self._code
 
 

@@ -30,7 +30,7 @@ from reward.judge_references import as_comparison
 from reward.judged import JudgedConfig, judged
 from reward.verifiers import TASKS, Verifiers, VerifyRow
 
-_OWN = ("verdict", "reward", "detail", "prompt", "completion")
+_OWN = ("verdict", "reward", "detail", "sandbox_level", "prompt", "completion")
 _ALL_TASKS = ", ".join(TASKS)
 _EMPTY: Row = dict.fromkeys(COLUMNS[Kind.COMPLETIONS])
 _ALSO_MESSAGES = ("chosen", "rejected", "answer")
@@ -46,7 +46,7 @@ class VerifyConfig(JudgedConfig):
     accept: Accept = Field(
         "isolated", description="what isolation is enough to run code of the task `code`; unsafe runs it without any"
     )
-    cpu_s: float = Field(5.0, gt=0, description="CPU seconds for all tests of one program")
+    cpu_s: float = Field(8.0, gt=0, description="CPU seconds for all tests of one program")
     memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
 
 
@@ -71,11 +71,12 @@ def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> It
             task, text = row["task"], message_text(row["completion"])
             yield (None, None, None, None) if problem else (task, text, reference, row["prompt"])
 
-    with Verifiers(settings) as verifiers:
+    with Verifiers(settings, tools.progress.say) as verifiers:
         for found in verifiers.verify_many(for_verifiers()):
             row, problem = waiting.popleft()
             verdict = Verdict.error(problem) if problem else found
             row["verdict"], row["reward"], row["detail"] = verdict.verdict, verdict.reward, verdict.detail
+            row["sandbox_level"] = verifiers.sandbox_level if row["task"] == "code" else None
             of_task = counts.setdefault(row["task"] if row["task"] in TASKS else "unknown", Counter())
             of_task[verdict.verdict] += 1
             passed += verdict.verdict == "passed"

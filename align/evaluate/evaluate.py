@@ -90,7 +90,7 @@ def _rows(
         )
     tools.progress.start(items * sum(n for n, _ in modes.values()), "completions")
     scores: dict[str, Any] = {}
-    with Verifiers() as verifiers:
+    with Verifiers(say=tools.progress.say) as verifiers:
         for mode, (n, params) in modes.items():
             tally = Tally(n)
             for row in _graded(config, prompts, mode, n, params, tools.engines["policy"], verifiers):
@@ -104,6 +104,8 @@ def _rows(
                     f"evaluate: {tally.apart['errors']} of {items * n} {mode} completions could not be sampled or "
                     f"verified, more than max_error_share = {config.max_error_share:g}; the last: {tally.last_error}"
                 )
+        if verifiers.sandbox_report:
+            summary["sandbox"] = verifiers.sandbox_report
     summary.update(scores=scores, prompts=items, not_verifiable=unverifiable, split=config.split)
 
 

@@ -55,12 +55,13 @@ def successful_attacks(slot: Slot) -> list[str]:
         canary = Path(folder) / "canary"
         canary.write_text("secret")
         canary.chmod(0o600)
+        shared = Path(f"/dev/shm/align-sandbox-canary-{os.getpid()}")
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         attacks = [
             ("read", str(canary)),
             ("write", str(canary)),
-            ("write", "/dev/shm/align-sandbox-canary"),
+            ("write", str(shared)),
             ("list_folder", folder),
             ("connect", listener.getsockname()[1]),
             ("signal_process", os.getpid()),
@@ -71,6 +72,7 @@ def successful_attacks(slot: Slot) -> list[str]:
             ("make_namespace", 0),
         ]
         answers = slot.call(_CODE, [*(("attempt", a, {}) for a in attacks), ("environment", (), {})])
+        shared.unlink(missing_ok=True)  # there only if that attack succeeded
     if len(answers.values) != len(attacks) + 1:
         return [f"the probe did not finish ({answers.raised or answers.ended or answers.timeout})"]
     *outcomes, environment = answers.values

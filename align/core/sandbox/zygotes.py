@@ -9,12 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.core.sandbox import bubblewrap
+from align.core.sandbox.inside import Refused
+
 START_TIMEOUT_S = 60.0
+MEND_TIMEOUT_S = 5.0
 
 _BOOT = """
 import sys, types
@@ -38,7 +42,7 @@ class Limits:
     """
 
     cpu_s: float = 8.0
-    wall_s: float = 48.0
+    wall_s: float = 32.0
     memory_mb: int = 512
 
 
@@ -71,7 +75,13 @@ class Zygote:
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         # Not -I: it would drop the fixed hash seed, which makes verdicts repeatable; the environment is clean anyway.
-        command = [getattr(sys, "_base_executable", "") or sys.executable, "-s", "-P", "-S", "-B", "-c", code]
+        python, arguments = getattr(sys, "_base_executable", "") or sys.executable, ["-s", "-P", "-S", "-B", "-c", code]
+        try:
+            command = bubblewrap.command(python, arguments) if level == 3 else [python, *arguments]
+        except Refused as refused:
+            self.control.close()
+            theirs.close()
+            raise Refusal(refused.step, refused.code) from None
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -84,6 +94,7 @@ class Zygote:
                 stderr=subprocess.PIPE,
             )
         self.lines = b""
+        self.busy = False
         self.control.settimeout(START_TIMEOUT_S)
         try:
             while (message := self.report()) is None:
@@ -115,15 +126,38 @@ class Zygote:
             return None
         line, self.lines = self.lines.split(b"\n", 1)
         message: dict[str, Any] = json.loads(line)
+        self.busy = self.busy and "ended" not in message
         return message
 
-    def spawn(self, limits: Limits, descriptors: Sequence[int]) -> None:
-        """Have it fork a child with these descriptors as its 0, 1, 2, …"""
-        request = {"spawn": {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20}}
+    def spawn(self, limits: Limits, descriptors: Mapping[int, int]) -> None:
+        """Have it fork a child with these descriptors, `{its: ours}`; those below that are not given lead to its own
+        `/dev/null`."""
+        child = {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20, "at": list(descriptors)}
         try:
-            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], list(descriptors))
+            socket.send_fds(self.control, [json.dumps({"spawn": child}).encode() + b"\n"], list(descriptors.values()))
         except OSError as error:
             raise Trouble(f"the sandbox's interpreter is gone: {error}") from None
+        self.busy = True
+
+    def rid(self) -> bool:
+        """Have its child ended, if it has one; whether it answers, and so can go on."""
+        if self.process.poll() is not None:
+            return False
+        try:
+            if self.busy:
+                self.kill()
+            while self.busy:
+                self.control.settimeout(MEND_TIMEOUT_S)
+                if not self.fill():
+                    return False
+                while self.report() is not None:
+                    pass
+            self.control.setblocking(False)
+            return self.fill()  # only its end can be there to read
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def kill(self) -> None:
         """Have it kill its child."""
@@ -142,7 +176,8 @@ class Zygote:
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         if self.process.stderr:
             self.process.stderr.close()
