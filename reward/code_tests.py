@@ -8,8 +8,8 @@ What a reference may be, as the data sets have it:
     MBPP       `{"tests": ["assert f(1) == 2", …], "setup": "", "setup_after": ""}`: setup runs before the code,
                setup_after (MBPP's `test_setup_code`) after it
     HumanEval  `{"check": "def check(candidate): …", "entry_point": "f"}`
-    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …]}`: compared whole, but for white space at the ends of lines
-               and newlines at the end
+    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …], "language": "python"}`: compared whole, but for white space
+               at the ends of lines and newlines at the end; in Python, or another language of `reward.code_programs`
 each with an optional `prompt`, the code that the completion continues or was given: it runs before the completion, and
 a test that calls its helper functions gets the prompt's, not those of the completion. Give it where there is one:
 HumanEval/32 calls such a helper, and without the prompt has to take the solution's word for it.
@@ -23,15 +23,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from align.core.records import Verdict
-from align.core.sandbox import Accept, Answers, Checked, Sandbox, Slot, Trouble
+from align.core.sandbox import Accept, Answers, Checked, Limits, Sandbox, Slot, Trouble
 from align.core.sandbox.inside.codec import CodecError
+from align.core.sandbox.programs import COMPILING
+from align.core.sandbox.toolchains import Toolchains
 from reward.code_asserts import Expectation, compiles, from_asserts, from_check, tested_name
+from reward.code_programs import FENCES, unknown_language, verify_program, wrong_output
+from reward.code_programs import line as _line
+from reward.code_programs import show as _show
 
-MAX_DETAIL = 400
 _KEYS = {
     "tests": {"tests", "setup", "setup_after", "prompt"},
     "check": {"check", "entry_point", "prompt", "setup"},
-    "io": {"io", "prompt"},
+    "io": {"io", "prompt", "language"},
 }
 
 
@@ -44,6 +48,7 @@ class CodeVerifier:
         cpu_s: CPU seconds for all tests of one completion (for each input of a program).
         wall_s: the backstop in seconds of the clock; None for six times `cpu_s`.
         memory_mb: memory of one execution beyond the interpreter's own, MiB.
+        compile_cpu_s: CPU seconds for compiling one program of another language than Python.
     """
 
     def __init__(
@@ -54,8 +59,11 @@ class CodeVerifier:
         cpu_s: float = 8.0,
         wall_s: float | None = None,
         memory_mb: int = 512,
+        compile_cpu_s: float = COMPILING.cpu_s,
     ) -> None:
         self.sandbox = Sandbox(workers, accept=accept, cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory_mb)
+        self.toolchains = Toolchains()
+        self.compiling = Limits(compile_cpu_s, 6 * compile_cpu_s, COMPILING.memory_mb)
 
     def __enter__(self) -> Self:
         self.sandbox.__enter__()
@@ -65,6 +73,7 @@ class CodeVerifier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.sandbox.close()
+        self.toolchains.close()
 
     @property
     def report(self) -> dict[str, Any]:
@@ -74,23 +83,42 @@ class CodeVerifier:
     def verify(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
         """The verdict on one completion: passed, failed, or error for a timeout, an unusable reference, or an opaque
         result (one that rests on the word of the solution's own objects)."""
-        return self.sandbox.run(lambda slot: _verify(slot, completion, reference))
+        return self.sandbox.run(lambda slot: self._verify(slot, completion, reference))
 
     def verify_many(self, pairs: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Verdict]:
         """The verdicts on (completion, reference) pairs, in order, as they come, computed by all workers."""
-        return self.sandbox.map(lambda slot, pair: _verify(slot, *pair), pairs)
+        return self.sandbox.map(lambda slot, pair: self._verify(slot, *pair), pairs)
+
+    def _verify(self, slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
+        problem = _problem(reference)
+        if problem:
+            return Verdict.error(f"reference: {problem}")
+        try:
+            if "io" not in reference:
+                return _verify_functions(slot, completion, reference)
+            language, cases = reference.get("language", "python"), reference["io"]
+            code = reference.get("prompt", "") + extract_code(completion, language=language)
+            if language == "python":
+                return _verify_program(slot, code, cases)
+            return verify_program(slot, self.toolchains, self.compiling, language, code, cases)
+        except Trouble as trouble:
+            return Verdict.error(_line(f"sandbox: {trouble}"))
+        except CodecError as error:
+            return Verdict.error(_line(f"can't be run: {error}"))
 
 
-def extract_code(completion: str, defines: str | None = None) -> str:
-    """The program in a completion: its last fenced Python block that holds code; the whole text if it has no fence.
+def extract_code(completion: str, defines: str | None = None, language: str = "python") -> str:
+    """The program in a completion: its last fenced block of the language that holds code; the whole text if it has no
+    fence.
 
     Args:
         completion: text of a model.
         defines: prefer the last block that defines this function over one that only uses it.
+        language: as references name it.
     """
     blocks = _fenced_blocks(completion)
-    python = [code for language, code in blocks if language in ("python", "py", "python3")]
-    found = python or [code for language, code in blocks if not language]
+    marked = [code for mark, code in blocks if mark in FENCES[language]]
+    found = marked or [code for mark, code in blocks if not mark]
     if not found:
         return completion
     defining = [code for code in found if defines and _defines(code, defines)]
@@ -103,7 +131,7 @@ def _fenced_blocks(text: str) -> list[tuple[str, str]]:
     fence, language, indent, lines = "", "", "", list[str]()
     for line in text.splitlines():
         if not fence:
-            opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*\{?\.?(\w*)[^`]*$", line)
+            opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*\{?\.?([\w+]*)[^`]*$", line)
             if opening:
                 indent, fence, language = opening[1], opening[2], opening[3].lower()
                 lines = []
@@ -128,20 +156,6 @@ def _defines(code: str, name: str) -> bool:
     )
 
 
-def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
-    problem = _problem(reference)
-    if problem:
-        return Verdict.error(f"reference: {problem}")
-    try:
-        if "io" in reference:
-            return _verify_program(slot, reference.get("prompt", "") + extract_code(completion), reference["io"])
-        return _verify_functions(slot, completion, reference)
-    except Trouble as trouble:
-        return Verdict.error(_line(f"sandbox: {trouble}"))
-    except CodecError as error:
-        return Verdict.error(_line(f"can't be run: {error}"))
-
-
 def _problem(reference: Any) -> str:
     """What is wrong with a reference, which comes from a file; empty if nothing is."""
     if not isinstance(reference, Mapping):
@@ -155,6 +169,8 @@ def _problem(reference: Any) -> str:
     for key in reference.keys() - {"tests", "io"}:
         if not isinstance(reference[key], str):
             return f"{key!r} is a {type(reference[key]).__name__}, but a string was expected"
+    if (problem := unknown_language(reference.get("language", "python"))) != "":
+        return problem
     if kinds[0] == "check":
         name = reference.get("entry_point", "")
         return "" if name.isidentifier() else f"'entry_point' is {name!r}, but a function's name was expected"
@@ -267,35 +283,16 @@ def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
 
 def _verify_program(slot: Slot, code: str, cases: Sequence[Mapping[str, str]]) -> Verdict:
     for number, case in enumerate(cases, 1):
-        expected = _normal(case["stdout"])
         output = slot.program(
             code, case["stdin"].encode("utf-8", "surrogatepass"), 2 * len(case["stdout"]) + (64 << 10)
         )
-        text = output.text.decode("utf-8", "replace")
         if output.timeout:
             return Verdict.error(_line(f"timeout: more than {output.timeout} on input {number}"))
         if output.raised is not None:
             return _judge_raised(output.raised, "call", f"input {number}")
         if output.ended not in ("", "exit status 0"):
             return Verdict.of(False, f"input {number}: the program ended early ({output.ended})")
-        if output.cut or _normal(text) != expected:
-            return Verdict.of(False, _line(f"input {number}: wrote {_show(text)}, expected {_show(case['stdout'])}"))
+        problem = wrong_output(output.text, output.cut, case["stdout"])
+        if problem:
+            return Verdict.of(False, _line(f"input {number}: {problem}"))
     return Verdict.of(True, f"{len(cases)} inputs passed")
-
-
-def _normal(text: str) -> str:
-    """Without white space at the ends of lines and newlines at the end."""
-    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n")).rstrip("\n")
-
-
-def _show(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with too many digits
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."
