@@ -211,7 +211,7 @@ def _java(toolchains: Toolchains) -> Toolchain:
                 shown.append(str(target))
     # What keeps the JVM small: one thread for collecting garbage, and no files of its own.
     quiet = ("-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:ActiveProcessorCount=1", "-XX:CompressedClassSpaceSize=64m",
-             "-XX:ReservedCodeCacheSize=64m", "-Djava.io.tmpdir=/tmp")  # fmt: skip
+             "-XX:ReservedCodeCacheSize=64m", "-Xlog:disable", "-Xlog:all=error:stderr")  # fmt: skip
 
     def plan(source: str, memory_mb: int) -> Plan:
         file, main = java_names(source)
@@ -256,7 +256,7 @@ def _javascript(toolchains: Toolchains) -> Toolchain:
     def plan(source: str, memory_mb: int) -> Plan:
         is_module = re.search(r"^\s*(?:import\s*[\w{*\"']|export\s+[\w{*])", source, re.M)
         file = "main.mjs" if is_module else "main.js"
-        run = (node, f"--max-old-space-size={memory_mb}", "--stack-size=16000", "--single-threaded-gc",
+        run = (node, f"--max-old-space-size={memory_mb}", "--stack-size=12000", "--single-threaded-gc",
                "--v8-pool-size=1", f"{BUILD}/{file}")  # fmt: skip
         return Plan(file, (node, "--check", file), run)
 
@@ -284,7 +284,7 @@ def _go(toolchains: Toolchains) -> Toolchain:
     prepared = toolchains.folder("go")
     environment = {
         "GOROOT": root, "GOCACHE": str(prepared / "cache"), "GOPATH": f"{BUILD}/gopath", "GOTMPDIR": BUILD,
-        "GOENV": "off", "GOTOOLCHAIN": "local", "GOPROXY": "off", "GOFLAGS": "-trimpath", "CGO_ENABLED": "0",
+        "GOENV": "off", "GOTOOLCHAIN": "local", "GOPROXY": "off", "CGO_ENABLED": "0",
         "GOTELEMETRY": "off", "GO111MODULE": "on", "GOMAXPROCS": "1", "HOME": BUILD,
     }  # fmt: skip
     # The flags are in the key of the cache: what is prepared must be built as the programs are.

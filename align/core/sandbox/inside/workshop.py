@@ -32,7 +32,7 @@ from align.core.sandbox.inside.zygote import cpu_used
 
 BUILD = "/build"
 BUILD_BYTES, BUILD_FILES = 256 << 20, 8192
-DESCRIPTORS, PROCESSES, STACK_BYTES = 256, 192, 64 << 20
+DESCRIPTORS, PROCESSES, STACK_BYTES = 256, 192, 16 << 20
 
 
 def main(control_fd: int, level: int, role: str) -> NoReturn:
