@@ -125,7 +125,7 @@ def _rows(
                 yield row, variants
 
     tools.progress.start(len(table), "prompts")
-    with Verifiers(config.sandbox) as verifiers:
+    with Verifiers(config.sandbox, tools.progress.say) as verifiers:
         groups = _sampled(variants_of_rows(), engine, config.samples, config.params(tools.seed), budget)
         for group, verdicts in checked(groups, judge, verifiers):
             rows = [

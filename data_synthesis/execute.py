@@ -40,7 +40,7 @@ def _rows(config: ExecuteConfig, table: Table, tools: Tools, summary: dict[str, 
     outcomes: Counter[str] = Counter()
     tally = Tally()
     tools.progress.start(len(table), "prompts")
-    with Verifiers(config.sandbox) as verifiers:
+    with Verifiers(config.sandbox, tools.progress.say) as verifiers:
         prompts = wanted(table.rows(), config.splits, skipped, tasks=["code"])
         answers = sampled(prompts, engine, config.samples, config.params(tools.seed))
         for rows in verified(answers, verifiers, engine.generator, ErrorBudget("execute", config.max_error_share)):
@@ -71,5 +71,5 @@ STAGE = Stage(
     gives=Kind.COMPLETIONS,
     run=run,
     engines={"sampler": "the model that writes the programs"},
-    adds=("finish_reason", "runs"),
+    adds=("finish_reason", "runs", "sandbox_level"),
 )

@@ -77,7 +77,7 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
     skipped: Counter[str] = Counter()
     tally = Tally()
     tools.progress.start(len(table), "prompts")
-    with Verifiers(config.sandbox) as verifiers:
+    with Verifiers(config.sandbox, tools.progress.say) as verifiers:
         prompts = wanted(table.rows(), config.splits, skipped)
         budget = ErrorBudget("reject", config.max_error_share)
 

@@ -195,6 +195,8 @@ def verified(
                 if verdict.verdict == "error" and not verdict.detail.startswith("timeout"):
                     budget.count(True, verdict.detail, seen_before=True)
             rows.append(completion_row(row, index, completion, verdict, generator))
+            if row["task"] == "code":
+                rows[-1]["sandbox_level"] = verifiers.sandbox_level
         yield rows
     budget.check()
 

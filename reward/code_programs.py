@@ -54,7 +54,7 @@ def verify_program(
         cases: its inputs and what it must write, `{"stdin", "stdout"}`.
 
     Raises:
-        Trouble: the machinery failed twice.
+        Trouble: the machinery failed every time.
     """
     if slot.level != LEVEL:
         return Verdict.error(
@@ -69,6 +69,7 @@ def verify_program(
     def judged(workshop: Workshop) -> Verdict:
         workshop.begin(code, slot.limits.memory_mb)
         compiled = workshop.compile(compiling)
+        slot.journal.timeouts += bool(compiled.timeout)
         if compiled.timeout:
             return Verdict.error(f"timeout: more than {compiled.timeout} for compiling")
         if compiled.ended:
@@ -77,6 +78,7 @@ def verify_program(
             ran = workshop.run(
                 case["stdin"].encode("utf-8", "surrogatepass"), slot.limits, 2 * len(case["stdout"]) + (64 << 10)
             )
+            slot.journal.timeouts += bool(ran.timeout)
             if ran.timeout:
                 return Verdict.error(f"timeout: more than {ran.timeout} on input {number}")
             if ran.ended:
@@ -139,6 +141,6 @@ def show(value: object) -> str:
 
 
 def line(text: str) -> str:
-    """A detail: one line, not too long."""
-    text = " ".join(text.split())
+    """A detail: one line, not too long, of characters that can be shown."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[: 4 * MAX_DETAIL].split()))
     return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."

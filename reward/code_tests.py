@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from align.core.errors import SandboxError
 from align.core.records import Verdict
 from align.core.sandbox import Accept, Answers, Checked, Limits, Sandbox, Slot, Trouble
 from align.core.sandbox.inside.codec import CodecError
@@ -90,9 +91,11 @@ class CodeVerifier:
         return self.sandbox.map(lambda slot, pair: self._verify(slot, *pair), pairs)
 
     def _verify(self, slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
+        if isinstance(reference, Mapping):  # in parquet each has the keys of all, null where it has none
+            reference = {key: value for key, value in reference.items() if value is not None}
         problem = _problem(reference)
         if problem:
-            return Verdict.error(f"reference: {problem}")
+            return Verdict.error(_line(f"reference: {problem}"))
         try:
             if "io" not in reference:
                 return _verify_functions(slot, completion, reference)
@@ -105,6 +108,12 @@ class CodeVerifier:
             return Verdict.error(_line(f"sandbox: {trouble}"))
         except CodecError as error:
             return Verdict.error(_line(f"can't be run: {error}"))
+        except SandboxError:
+            raise
+        except Exception as bug:  # a bug of ours on one row in a million must not cost the other rows
+            return Verdict.error(
+                _line(f"sandbox: the verifier failed ({type(bug).__name__}: {bug}); please report this")
+            )
 
 
 def extract_code(completion: str, defines: str | None = None, language: str = "python") -> str:
@@ -129,13 +138,11 @@ def _fenced_blocks(text: str) -> list[tuple[str, str]]:
     """Language and content of each fenced block with content; a fence left open ends with the text."""
     blocks: list[tuple[str, str]] = []
     fence, language, indent, lines = "", "", "", list[str]()
-    for line in text.splitlines():
+    for line in re.split(r"\r\n|\r|\n", text):  # not `splitlines`, which also splits within strings of the program
         if not fence:
-            opening = re.match(r"^(\s*)(`{3,}|~{3,})\s*\{?\.?([\w+]*)[^`]*$", line)
-            if opening:
-                indent, fence, language = opening[1], opening[2], opening[3].lower()
-                lines = []
-        elif re.match(rf"^\s*{re.escape(fence[0])}{{{len(fence)},}}\s*$", line):
+            fence, language, indent = _opening(line)
+            lines = []
+        elif (closing := line.strip()).startswith(fence) and not closing.strip(fence[0]):
             blocks.append((language, "\n".join(lines)))
             fence = ""
         else:
@@ -143,6 +150,20 @@ def _fenced_blocks(text: str) -> list[tuple[str, str]]:
     if fence:
         blocks.append((language, "\n".join(lines)))
     return [(name, code + "\n") for name, code in blocks if _holds_code(code)]
+
+
+def _opening(line: str) -> tuple[str, str, str]:
+    """The fence that a line opens, its language, and the white space before it; an empty fence where it opens none.
+
+    By hand, since a pattern for all of it takes quadratic time on a long line.
+    """
+    stripped = line.lstrip()
+    rest = stripped.lstrip(stripped[:1]) if stripped[:1] in ("`", "~") else stripped
+    fence = stripped[: len(stripped) - len(rest)]
+    if len(fence) < 3 or "`" in rest:
+        return "", "", ""
+    language = re.match(r"\s*\{?\.?([\w+]*)", rest)
+    return fence, language[1].lower() if language else "", line[: len(line) - len(stripped)]
 
 
 def _holds_code(text: str) -> bool:
@@ -270,8 +291,9 @@ def _judge_check(checked: Checked, tests: Sequence[str], entry_point: str | None
 
 
 def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
-    message = f"{raised.get('type')}: {raised.get('message')}"
-    line = f" (line {raised['line']})" if raised.get("line") else ""
+    kind, said, at = raised.get("type"), raised.get("message"), raised.get("line")  # of any type: the program sends it
+    message = f"{kind if isinstance(kind, str) else '?'}: {said if isinstance(said, str) else '?'}"
+    line = f" (line {at})" if type(at) is int else ""
     if where == "setup":
         return Verdict.error(_line(f"reference: setup raised {message}"))
     if where == "code":

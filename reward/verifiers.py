@@ -46,8 +46,12 @@ class Verifiers:
     The sandbox starts when the first row of code comes.
     """
 
-    def __init__(self, sandbox: Mapping[str, Any] | None = None) -> None:
-        """Takes the settings of `CodeVerifier`, where other than its defaults are wanted."""
+    def __init__(
+        self, sandbox: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Takes the settings of `CodeVerifier`, where other than its defaults are wanted, and what tells a person how
+        code is isolated when the sandbox starts."""
+        self._say = say
         self._sandbox = dict(sandbox or {})
         self._code: CodeVerifier | None = None
 
@@ -65,6 +69,11 @@ class Verifiers:
     def sandbox_report(self) -> dict[str, Any] | None:
         """How code was isolated, for manifests; None while none has run."""
         return None if self._code is None else self._code.report
+
+    @property
+    def sandbox_level(self) -> int | None:
+        """The isolation level that code ran at, for rows; None while none has run."""
+        return None if self._code is None else self._code.sandbox.level
 
     def verify(self, task: Any, completion: Any, reference: Any, prompt: Any = "") -> Verdict:
         """The verdict of one row."""
@@ -101,6 +110,8 @@ class Verifiers:
             from reward.code_tests import CodeVerifier  # the sandbox is only for those who run code
 
             self._code = CodeVerifier(**self._sandbox).__enter__()
+            for line in self._code.sandbox.lines():
+                self._say(line)
         return self._code
 
 

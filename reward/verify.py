@@ -32,7 +32,7 @@ from reward.verifiers import TASKS, Verifiers, VerifyRow
 PROBLEM = "unverifiable"
 """Column of the prepared rows, not of the result: why a row can't even be handed to a verifier."""
 
-_NEW = ("verdict", "reward", "detail")
+_NEW = ("verdict", "reward", "detail", "sandbox_level")
 _ALSO_MESSAGES = ("chosen", "rejected", "answer")
 
 
@@ -65,12 +65,13 @@ def _verified(config: VerifyConfig, table: Table, tools: Tools, summary: dict[st
     counts: dict[str, Counter[str]] = {}
     tools.progress.start(len(table), "rows")
     settings = {"accept": config.accept, "cpu_s": config.cpu_s, "memory_mb": config.memory_mb}
-    with Verifiers(settings) as verifiers:
+    with Verifiers(settings, tools.progress.say) as verifiers:
         rows, copies = tee(table.rows())  # the copies run ahead by one chunk of the verifiers
         for row, found in zip(rows, verifiers.verify_many(map(_for_verifier, copies)), strict=True):
             problem = row.pop(PROBLEM)
             verdict = Verdict.error(problem) if problem else found
             row |= {"verdict": verdict.verdict, "reward": verdict.reward, "detail": verdict.detail}
+            row["sandbox_level"] = verifiers.sandbox_level if row["task"] == "code" else None
             of_task = counts.setdefault(row["task"] if row["task"] in TASKS else "unknown", Counter())
             of_task[verdict.verdict] += 1
             tools.progress.advance(passed=sum(c["passed"] for c in counts.values()))

@@ -90,7 +90,7 @@ def _rows(
         )
     tools.progress.start(items * sum(n for n, _ in modes.values()), "completions")
     scores: dict[str, Any] = {}
-    with Verifiers() as verifiers:
+    with Verifiers(say=tools.progress.say) as verifiers:
         for mode, (n, params) in modes.items():
             tally = Tally(n)
             for row in _graded(config, prompts, mode, n, params, tools.engines["policy"], verifiers):

@@ -61,7 +61,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     model = models.load_policy(policy, speed, frozen=lora)
     models.stop_at_end_of_turn(model, tokenizer)
-    with Verifiers() as verifiers:
+    with Verifiers(say=tools.progress.say) as verifiers:
         online = OnlineDPO(
             config,
             tools,

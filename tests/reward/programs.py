@@ -1,8 +1,10 @@
 """Programs in several languages, honest and hostile, for `test_code_programs`.
 
-Each of `SPIES` reads a file's path, a port and a process id, tries what it must not be able to do, and writes the name of
-each attempt that succeeded, then "done". `{include}` programs try to take a file in when they are compiled.
+Each of `SPIES` reads a file's path, a port and a process id, tries what it must not be able to do, and writes the name
+of each attempt that succeeded, then "done".
 """
+
+# ruff: noqa: E501
 
 from __future__ import annotations
 

@@ -358,7 +358,10 @@ def test_the_last_block_that_holds_code_is_taken() -> None:
 def test_a_level_that_is_too_low_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.core.sandbox._probe", lambda slot: ["nothing works"] if slot.level else [])
     with (
-        pytest.raises(SandboxError, match="level 4: nothing works\n  level 2: nothing works\nLevel 4 needs"),
+        pytest.raises(
+            SandboxError,
+            match="level 4: nothing works\n  level 3: nothing works\n  level 2: nothing works\nLevel 4 needs",
+        ),
         CodeVerifier(1),
     ):
         pass
@@ -366,7 +369,7 @@ def test_a_level_that_is_too_low_refuses(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
     with CodeVerifier(1, accept="unsafe") as verifier:
         assert verifier.report["level"] == 0
-        assert len(verifier.report["failed_probes"]) == 3
+        assert len(verifier.report["failed_probes"]) == 4
         assert verifier.verify(HONEST, REFERENCES["literal asserts"]) == Verdict.of(True, "2 tests passed")
 
 

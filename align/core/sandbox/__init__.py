@@ -7,16 +7,17 @@ not share, say what they are worth. So no solution can make itself pass from ins
 | level | mechanism | accepted by |
 |---|---|---|
 | 4 | own user, mount, pid, network, ipc, uts and cgroup namespaces, and seccomp | "isolated" |
+| 3 | the same namespaces, made by bubblewrap, and seccomp | "isolated" |
 | 2 | Landlock (ABI 6 or later) and seccomp | "isolated" |
 | 1 | seccomp and another user id (needs root) | "allow_degraded" |
 | 0 | resource limits | "unsafe" |
 
-(Level 3, the same inside bubblewrap, is not built.) The highest level that this machine reaches is found by trying, and
-then tried by attacks; `Sandbox.report` holds the outcome.
+The highest level that this machine reaches is found by trying, and then tried by attacks; `Sandbox.report` holds the
+outcome.
 
-At levels 4 and 2 a solution can't reach the network, the user's files or environment, other processes, or anything
-outside a scratch folder (level 2 gives no scratch folder), and nothing of it survives. Each execution has limits of CPU
-time, time, memory, file size and threads, and can't start processes.
+At levels 4, 3 and 2 a solution can't reach the network, the user's files or environment, other processes, or anything
+outside a scratch folder (levels 3 and 2 give no scratch folder), and nothing of it survives. Each execution has limits
+of CPU time, time, memory, file size and threads, and can't start processes. `docs/sandbox.md` has the whole of it.
 
 NOT stopped at any level: bugs of the kernel, timing channels, and tests that are vacuous, so that wrong code meets
 them. A solution may read the interpreter's own library and the system's shared libraries.
@@ -31,25 +32,34 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from align.core.errors import SandboxError
 from align.core.sandbox.attacks import successful_attacks
-from align.core.sandbox.slot import Answers, Checked, Output, Slot
+from align.core.sandbox.slot import Answers, Checked, Journal, Output, Slot
 from align.core.sandbox.zygotes import Limits, Refusal, Trouble, Zygote
 
-__all__ = ["Answers", "Checked", "Limits", "Output", "Sandbox", "Slot", "Trouble"]
+__all__ = ["Answers", "Checked", "Journal", "Limits", "Output", "Sandbox", "Slot", "Trouble"]
 
 Accept = Literal["isolated", "allow_degraded", "unsafe"]
 LOWEST: dict[Accept, int] = {"isolated": 2, "allow_degraded": 1, "unsafe": 0}
 
+MECHANISM: dict[int, str] = {
+    4: "namespaces of its own, and seccomp",
+    3: "namespaces made by bubblewrap, and seccomp",
+    2: "Landlock and seccomp",
+    1: "another user id and seccomp",
+    0: "resource limits alone, NO isolation",
+}
+
 UNPROTECTED: dict[int, tuple[str, ...]] = {
     4: (),
-    2: ("file names and sizes outside the interpreter's library can be asked for (not read)",),
-    1: ("files that every user may read can be read", "file names and sizes can be asked for"),
+    3: (),
+    2: ("file names and sizes outside the interpreter's library can be asked for (not read)", "the number of threads"),
+    1: ("files that every user may read can be read", "file names and sizes can be asked for", "the number of threads"),
     0: (
         "the network", "every file that this user may read or write", "signals to this user's other processes",
         "processes that outlive their execution", "memory beyond one process's limit",
@@ -60,7 +70,8 @@ REMEDY = (
     "Level 4 needs unprivileged user namespaces: on Ubuntu 24.04 `sysctl -w "
     "kernel.apparmor_restrict_unprivileged_userns=0`, elsewhere `sysctl -w user.max_user_namespaces=10000`; a "
     "container has to run with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined` or "
-    "`--privileged`. Level 2 needs Linux 6.12 with Landlock (`lsm=landlock,…` on the kernel's command line). To run "
+    "`--privileged`. Level 3 needs the program bwrap (the package bubblewrap). Level 2 needs Linux 6.12 with "
+    "Landlock (`lsm=landlock,…` on the kernel's command line). To run "
     'without isolation, at your own risk, set the sandbox to "allow_degraded" (level 1) or "unsafe" (level 0).'
 )
 
@@ -77,10 +88,10 @@ class Sandbox:
         cpu_s: CPU seconds of one execution; more is a timeout.
         wall_s: seconds of the clock, the backstop for what sleeps; None for six times `cpu_s`.
         memory_mb: address space of one execution beyond the interpreter's own, MiB.
+        levels: those that are tried, in order; fewer than all only in tests.
 
     Attributes:
         level: the isolation that was reached, 0-4.
-        report: `{"level", "failed_probes", "unprotected"}`, for manifests.
 
     Raises:
         SandboxError: on entry, where this machine does not reach an accepted level.
@@ -94,12 +105,14 @@ class Sandbox:
         cpu_s: float = 8.0,
         wall_s: float | None = None,
         memory_mb: int = 512,
+        levels: Sequence[int] = (4, 3, 2, 1, 0),
     ) -> None:
         self.workers = workers or _usable_cores()
         self.limits = Limits(cpu_s, wall_s or 6 * cpu_s, memory_mb)
         self.level = -1
-        self.report: dict[str, Any] = {}
         self._accept = accept
+        self._levels = levels
+        self._failed: list[str] = []
         self._slots: list[Slot] = []
         self._free: queue.LifoQueue[Slot] = queue.LifoQueue()
         self._pool: ThreadPoolExecutor | None = None
@@ -108,8 +121,8 @@ class Sandbox:
     def __enter__(self) -> Self:
         if sys.platform == "win32":
             raise SandboxError("sandbox: running untrusted code needs Linux, or macOS without isolation")
-        failed: list[str] = []
-        for level in (4, 2, 1, 0):
+        self._failed = []
+        for level in self._levels:
             if level < LOWEST[self._accept]:
                 break
             slot = Slot(level, self.limits)
@@ -119,19 +132,41 @@ class Sandbox:
                 slot.close()
                 raise
             if not problems:
-                self._start(level, slot, failed)
+                self._start(level, slot)
                 return self
             slot.close()
-            failed += [f"level {level}: {p}" for p in problems]
-        tried = "\n".join(f"  {f}" for f in failed)
+            self._failed += [f"level {level}: {p}" for p in problems]
+        tried = "\n".join(f"  {f}" for f in self._failed)
         raise SandboxError(
             f"sandbox: this machine does not isolate untrusted code as {self._accept!r} asks (level "
             f"{LOWEST[self._accept]} or higher):\n{tried}\n{REMEDY}"
         )
 
-    def _start(self, level: int, first: Slot, failed: list[str]) -> None:
+    @property
+    def report(self) -> dict[str, Any]:
+        """The level, the failed probes with their remedy, what is unprotected, and the journal of the executions so far
+        (see `Journal`); for manifests."""
+        if self.level < 0:
+            return {}
+        return {
+            "level": self.level,
+            "mechanism": MECHANISM[self.level],
+            "failed_probes": list(self._failed),
+            "remedy": REMEDY if self._failed else "",
+            "unprotected": list(UNPROTECTED[self.level]),
+            "journal": Journal.sum(slot.journal for slot in self._slots),
+        }
+
+    def lines(self) -> list[str]:
+        """What a person should know before untrusted code runs: the level, and what keeps it from being higher."""
+        found = [f"sandbox: level {self.level} ({MECHANISM[self.level]}), {len(self._slots)} workers"]
+        found += [f"sandbox: not reached: {why}" for why in self._failed]
+        found += [f"sandbox: unprotected: {what}" for what in UNPROTECTED[self.level]]
+        return [*found, f"sandbox: {REMEDY}"] if self._failed else found
+
+    def _start(self, level: int, first: Slot) -> None:
         self.level = level
-        self.report = {"level": level, "failed_probes": failed, "unprotected": list(UNPROTECTED[level])}
+        first.journal = Journal()  # the probes are no executions
         self._slots = [first] + [Slot(level, self.limits) for _ in range(self.workers - 1)]
         for slot in reversed(self._slots):
             self._free.put(slot)

@@ -54,21 +54,25 @@ def attacks() -> Iterator[list[tuple[str, Any]]]:
         canary = Path(folder) / "canary"
         canary.write_text("secret")
         canary.chmod(0o600)
+        shared = Path(f"/dev/shm/align-sandbox-canary-{os.getpid()}")
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        yield [
-            ("read", str(canary)),
-            ("write", str(canary)),
-            ("write", "/dev/shm/align-sandbox-canary"),
-            ("list_folder", folder),
-            ("connect", listener.getsockname()[1]),
-            *([("signal_process", os.getpid())] if os.getpid() != 1 else []),  # which inside is the process itself
-            ("signal_all", 0),
-            ("start_process", 0),
-            ("execute", "/bin/true"),
-            ("trace", os.getpid()),
-            ("make_namespace", 0),
-        ]
+        try:
+            yield [
+                ("read", str(canary)),
+                ("write", str(canary)),
+                ("write", str(shared)),
+                ("list_folder", folder),
+                ("connect", listener.getsockname()[1]),
+                *([("signal_process", os.getpid())] if os.getpid() != 1 else []),  # which inside is the process itself
+                ("signal_all", 0),
+                ("start_process", 0),
+                ("execute", "/bin/true"),
+                ("trace", os.getpid()),
+                ("make_namespace", 0),
+            ]
+        finally:
+            shared.unlink(missing_ok=True)  # there only if that attack succeeded
 
 
 def described(attempts: Sequence[tuple[str, Any]], outcomes: Sequence[bool]) -> list[str]:

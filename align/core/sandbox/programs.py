@@ -208,11 +208,11 @@ class Workshop(Zygote):
 
 
 def in_workshop(slot: Slot, toolchain: Toolchain, work: Callable[[Workshop], T]) -> T:
-    """Do work in a slot's workshop for a toolchain, which is started if need be; once more in a new one if the
-    machinery failed.
+    """Do work in a slot's workshop for a toolchain, which is started if need be; again in a new one if the
+    machinery failed (`_tries`).
 
     Raises:
-        Trouble: it failed twice.
+        Trouble: it failed every time.
     """
 
     def once() -> T:
@@ -232,7 +232,7 @@ def in_workshop(slot: Slot, toolchain: Toolchain, work: Callable[[Workshop], T])
             with contextlib.suppress(Trouble):
                 workshop.finish()
 
-    return slot._twice(once)
+    return slot._tries(once)
 
 
 @contextlib.contextmanager

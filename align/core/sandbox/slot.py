@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import select
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import IO, Any, TypeVar
 
 from align.core.errors import SandboxError
 from align.core.sandbox.inside.codec import MAX_BYTES, Channel, CodecError, Reader, TooHeavy, to_json
@@ -18,6 +20,7 @@ from align.core.sandbox.zygotes import START_TIMEOUT_S, Child, Limits, Refusal, 
 
 T = TypeVar("T")
 
+TRIES = 3
 END_PATIENCE_S = 0.1
 REPORT_TIMEOUT_S = 20.0
 KEPT_OUTPUT, MAX_OUTPUT = 64 << 10, 64 << 20
@@ -71,6 +74,36 @@ class Output:
     ended: str = ""
 
 
+@dataclass
+class Journal:
+    """What became of the executions of one slot, so that nothing which was repeated or replaced goes unseen.
+
+    Attributes:
+        executions: that came to an end, whatever it was.
+        timeouts: those of them that ran out of CPU time, time or output.
+        repeated: tries that were lost because the machinery failed (a worker was killed), and made again.
+        given_up: executions that got no result in `TRIES` tries.
+        replaced: zygotes that were ended and replaced for it.
+        troubles: how the machinery failed, the last few.
+    """
+
+    executions: int = 0
+    timeouts: int = 0
+    repeated: int = 0
+    given_up: int = 0
+    replaced: int = 0
+    troubles: deque[str] = field(default_factory=lambda: deque(maxlen=5))
+
+    @staticmethod
+    def sum(journals: Iterable[Journal]) -> dict[str, Any]:
+        """All of them together, as plain data."""
+        total: dict[str, Any] = {f.name: 0 for f in fields(Journal)} | {"troubles": []}
+        for journal in journals:
+            for name in total:
+                total[name] += list(journal.troubles) if name == "troubles" else getattr(journal, name)
+        return total
+
+
 class Slot:
     """One worker's zygotes: one for solutions, one for tests, started when first needed."""
 
@@ -79,7 +112,7 @@ class Slot:
         self.limits = limits
         self.zygotes: dict[str, Zygote] = {}
         self.closed = False
-        self.null = os.open(os.devnull, os.O_RDWR)
+        self.journal = Journal()
 
     def call(
         self, code: str, calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]], setup: str = ""
@@ -92,7 +125,7 @@ class Slot:
             setup: runs before the code, in the same namespace.
 
         Raises:
-            Trouble: the machinery failed twice.
+            Trouble: the machinery failed `TRIES` times.
             CodecError: an argument is too large to send.
         """
         packed = [[name, to_json(list(args)), to_json(dict(kwargs))] for name, args, kwargs in calls]
@@ -101,7 +134,7 @@ class Slot:
         def once() -> Answers:
             channel, theirs = self._pair(LIGHT_BYTES, LIGHT_TOTAL)
             with closing(channel):
-                child = self._spawn("runner", [self.null, self.null, self.null], theirs)
+                child = self._spawn("runner", theirs)
                 self._send(channel, job)
                 frames, timeout = self._listen(channel, [child], len(calls), ("end", "opaque", "unreadable"))
             last = frames[-1] if frames else {}
@@ -126,7 +159,7 @@ class Slot:
                 return Answers(values)
             return Answers(values, ended=child.how())
 
-        return self._twice(once)
+        return self._tries(once)
 
     def check(
         self, code: str, tests: Sequence[str], *, setup: str = "", setup_after: str = "", given: str = "",
@@ -143,7 +176,7 @@ class Slot:
             entry_point: call the tests' function `check` with this function of the solution.
 
         Raises:
-            Trouble: the machinery failed twice.
+            Trouble: the machinery failed `TRIES` times.
             CodecError: the sources are too large to send.
         """
         solving = {"role": "serve", "code": code, "setup": setup}
@@ -156,9 +189,9 @@ class Slot:
             line, far = self._pair()
             channel, theirs = self._pair()
             with closing(line), closing(channel):
-                runner = self._spawn("runner", [self.null, self.null, self.null], far)
+                runner = self._spawn("runner", far)
                 self._send(line, solving)
-                checker = self._spawn("checker", [self.null, self.null, self.null], theirs, line.fileno())
+                checker = self._spawn("checker", theirs, {4: line.fileno()})
                 line.close()
                 self._send(channel, testing)
                 frames, timeout = self._listen(channel, [checker, runner], 1, ("passed", "failed", "opaque", "broken"))
@@ -167,13 +200,13 @@ class Slot:
                 raise Trouble(f"the sandbox could not be set up: {last['refused']}")
             return Checked(last, timeout, "" if last else f"the tests' process: {checker.how()}")
 
-        return self._twice(once)
+        return self._tries(once)
 
     def program(self, code: str, stdin: bytes, keep: int = KEPT_OUTPUT) -> Output:
         """Run a program on standard input, and keep the first `keep` bytes that it writes.
 
         Raises:
-            Trouble: the machinery failed twice.
+            Trouble: the machinery failed `TRIES` times.
             CodecError: the source is too large to send.
         """
         job = {"role": "program", "code": code}
@@ -182,13 +215,11 @@ class Slot:
             channel, theirs = self._pair(LIGHT_BYTES)
             reading, writing = os.pipe()
             try:
-                with tempfile.TemporaryFile() as file:
-                    file.write(stdin)
-                    file.seek(0)
-                    try:
-                        child = self._spawn("runner", [file.fileno(), writing, self.null], theirs)
-                    finally:
-                        os.close(writing)
+                try:
+                    with _input(stdin) as file:
+                        child = self._spawn("runner", theirs, {0: file.fileno(), 1: writing})
+                finally:
+                    os.close(writing)
                 output = _Drain(reading, keep)
                 with closing(channel):
                     self._send(channel, job)
@@ -200,7 +231,7 @@ class Slot:
             ended = "" if last.get("end") == 0 or raised else child.how()
             return Output(bytes(output.kept), output.total > keep, raised, timeout, ended)
 
-        return self._twice(once)
+        return self._tries(once)
 
     def hang_up(self) -> None:
         """Make an execution that is under way in another thread end."""
@@ -214,20 +245,24 @@ class Slot:
         for zygote in self.zygotes.values():
             zygote.close()
         self.zygotes.clear()
-        if self.null >= 0:
-            os.close(self.null)
-            self.null = -1
 
-    def _twice(self, once: Callable[[], T]) -> T:
-        """Do it, and once more with new zygotes if the machinery failed."""
-        for last in (False, True):
+    def _tries(self, once: Callable[[], T]) -> T:
+        """Do it, and again with new zygotes where the machinery failed, `TRIES` times in all."""
+        for left in reversed(range(TRIES)):
             if self.closed:
                 raise Closed("the sandbox is closed")
             try:
-                return once()
-            except Trouble:
+                found = once()
+                self.journal.executions += 1
+                return found
+            except Trouble as trouble:
+                self.journal.replaced += len(self.zygotes)
                 self._drop()
-                if last and not self.closed:
+                if not self.closed:
+                    self.journal.troubles.append(str(trouble))
+                    self.journal.repeated += bool(left)
+                    self.journal.given_up += not left
+                if not left and not self.closed:
                     raise
             except BaseException:
                 self._drop()
@@ -255,11 +290,11 @@ class Slot:
         ours.settimeout(START_TIMEOUT_S)
         return Channel(ours, max_bytes, max_total), theirs
 
-    def _spawn(self, name: str, files: list[int], theirs: socket.socket, *others: int) -> Child:
-        """A new child of a zygote, which takes over `theirs`."""
+    def _spawn(self, name: str, theirs: socket.socket, others: Mapping[int, int] | None = None) -> Child:
+        """A new child of a zygote, which takes over `theirs` as its 3; `others` are more descriptors for it."""
         with theirs:
             zygote = self.zygote(name)
-            zygote.spawn(self.limits, [*files, theirs.fileno(), *others])
+            zygote.spawn(self.limits, {3: theirs.fileno(), **(others or {})})
         return Child(zygote)
 
     def _send(self, channel: Channel, job: Mapping[str, Any]) -> None:
@@ -324,6 +359,7 @@ class Slot:
             timeout = f"{self.limits.cpu_s:g} s of CPU"
         if not done and not timeout and any(child.killed_by_others() for child in children):
             raise Trouble("an execution was killed from outside, perhaps for want of memory on this machine")
+        self.journal.timeouts += bool(timeout)
         return frames, timeout
 
     def _note(self, child: Child) -> None:
@@ -348,6 +384,22 @@ class Slot:
                     self._note(child)
                 except TimeoutError:
                     raise Trouble("the sandbox's interpreter does not answer") from None
+
+
+def _input(data: bytes) -> IO[bytes]:
+    """A file with this content, which no program can change: in memory and sealed, where the system has that."""
+    if sys.platform != "linux":
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+    else:
+        file = os.fdopen(os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
+    file.write(data)
+    file.seek(0)
+    if sys.platform == "linux":
+        import fcntl
+
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
 
 
 class _Drain:

@@ -247,7 +247,7 @@ def java_names(source: str) -> tuple[str, str]:
     before = [name for at, _, name in classes if started and at < started.start()]
     public = [name for _, is_public, name in classes if is_public]
     main = before[-1] if before else public[0] if public else classes[0][2] if classes else "Main"
-    return f"{public[0] if public else main}.java", f"{package[1]}.{main}" if package else main
+    return f"{(public[0] if public else main)[:200]}.java", f"{package[1]}.{main}" if package else main
 
 
 def _javascript(toolchains: Toolchains) -> Toolchain:

@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from align.core.sandbox import bubblewrap
+from align.core.sandbox.inside import Refused
 
 START_TIMEOUT_S = 60.0
 
@@ -79,7 +82,13 @@ class Zygote:
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         # Not -I: it would drop the fixed hash seed, which makes verdicts repeatable; the environment is clean anyway.
-        command = [getattr(sys, "_base_executable", "") or sys.executable, "-s", "-P", "-S", "-B", "-c", code]
+        python, arguments = getattr(sys, "_base_executable", "") or sys.executable, ["-s", "-P", "-S", "-B", "-c", code]
+        try:
+            command = bubblewrap.command(python, arguments) if level == 3 else [python, *arguments]
+        except Refused as refused:
+            self.control.close()
+            theirs.close()
+            raise Refusal(refused.step, refused.code) from None
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -125,11 +134,12 @@ class Zygote:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def spawn(self, limits: Limits, descriptors: Sequence[int]) -> None:
-        """Have it fork a child with these descriptors as its 0, 1, 2, …"""
-        request = {"spawn": {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20}}
+    def spawn(self, limits: Limits, descriptors: Mapping[int, int]) -> None:
+        """Have it fork a child with these descriptors, `{its: ours}`; those below that are not given lead to its own
+        `/dev/null`."""
+        child = {"cpu_s": limits.cpu_s, "memory_bytes": limits.memory_mb << 20, "at": list(descriptors)}
         try:
-            socket.send_fds(self.control, [json.dumps(request).encode() + b"\n"], list(descriptors))
+            socket.send_fds(self.control, [json.dumps({"spawn": child}).encode() + b"\n"], list(descriptors.values()))
         except OSError as error:
             raise Trouble(f"the sandbox's interpreter is gone: {error}") from None
 
@@ -150,7 +160,8 @@ class Zygote:
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         if self.process.stderr:
             self.process.stderr.close()

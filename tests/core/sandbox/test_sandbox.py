@@ -25,7 +25,7 @@ from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
 
 
-@pytest.fixture(scope="module", params=[4, 2], ids=["level 4", "level 2"])
+@pytest.fixture(scope="module", params=[4, 3, 2], ids=["level 4", "level 3", "level 2"])
 def slot(request: pytest.FixtureRequest) -> Iterator[Slot]:
     made = slot_or_skip(request.param)
     yield made

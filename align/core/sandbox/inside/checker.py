@@ -23,6 +23,12 @@ MODULES = frozenset(
     "bisect cmath collections copy datetime decimal fractions functools heapq itertools math operator random re "
     "statistics string sys typing".split()
 )
+# What tests compare with: the real ones, even where a test leaves their import to the solution and the solution defines
+# others of the same names.
+_COMPARERS = {
+    "isclose": "math", "fabs": "math", "Counter": "collections", "deque": "collections", "OrderedDict": "collections",
+    "defaultdict": "collections", "Fraction": "fractions", "Decimal": "decimal",
+}  # fmt: skip
 _SAFE_FROM = frozenset("cmath collections datetime decimal fractions itertools math string statistics".split())
 
 
@@ -61,12 +67,20 @@ def run(channel: Channel, line: Channel, job: dict[str, Any]) -> None:
         namespace = _namespace(solution, job)
         for index, test in enumerate(job["tests"], 1):
             failure = _one(solution, namespace, test, index, job["entry_point"])
+            if solution.unsendable:
+                raise _BrokenTests(f"test {index} {solution.unsendable}")
+            if solution.lost:  # a bare `except` of the test has caught it
+                raise SolutionLost(solution.lost)
+            if not failure and solution.unmet:
+                failure = {"what": solution.unmet}
             if failure:
                 channel.send({"failed": index, **failure})
                 return
             if solution.opaque:
                 channel.send({"opaque": solution.opaque, "test": index})
                 return
+        if not solution.asked and (job["entry_point"] or not any(map(_asserts, job["tests"]))):
+            raise _BrokenTests("the tests never use the program")
     except SolutionLost as lost:
         channel.send({"lost": str(lost)[:MAX_DETAIL], "test": index})
     except _Failed as failed:
@@ -107,6 +121,11 @@ def _one(
         what = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"[:MAX_DETAIL]
         return {"line": line, "what": what}
     return None
+
+
+def _asserts(test: str) -> bool:
+    """Whether a test asserts something by itself, not only in functions or classes that nobody calls."""
+    return any(isinstance(statement, ast.Assert) for statement in _tree(test).body)
 
 
 def _line(error: BaseException, test: str) -> str:
@@ -160,9 +179,15 @@ def _namespace(solution: Solution, job: dict[str, Any]) -> dict[str, Any]:
             with contextlib.suppress(ImportError, AttributeError):
                 namespace[name] = getattr(importlib.import_module(module), attribute)
                 helpers.discard(name)
+    for name in _wrapping(trees) & helpers & _COMPARERS.keys() - under_test:
+        namespace[name] = getattr(importlib.import_module(_COMPARERS[name]), name)
+        helpers.discard(name)
     wanted = sorted(n for n in helpers if n in under_test or not hasattr(builtins, n))
     # proxies needed by trusted helpers too, such as a class that the setup's functions build
-    namespace.update(solution.names(wanted))
+    found = solution.names(wanted)
+    if not found and under_test and job["entry_point"] is None:
+        raise _Failed({"missing": sorted(under_test)[0]})
+    namespace.update(found)
     try:
         exec(_compile(job["setup_after"], "<setup_after>"), namespace)
     except (SolutionLost, _BrokenTests):
@@ -206,6 +231,12 @@ def _builtins_under_test(trees: list[ast.Module]) -> set[str]:
         return set()
     inner = {c.func.id for c in calls if isinstance(c.func, ast.Name) and not any(_holds_call(a) for a in c.args)}
     return {name for name in inner if not isinstance(getattr(builtins, name), type)}
+
+
+def _wrapping(trees: list[ast.Module]) -> set[str]:
+    """The functions that some test calls on the outcome of another call, as `isclose` in `isclose(f(2), 4)`."""
+    calls = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    return {c.func.id for c in calls if isinstance(c.func, ast.Name) and any(_holds_call(a) for a in c.args)}
 
 
 def _holds_call(node: ast.expr) -> bool:

@@ -49,7 +49,11 @@ _TYPES: tuple[type, ...] = (
 TYPES: dict[str, type] = {t.__name__: t for t in _TYPES}
 """The types that travel by name, as in `remove_datatype(values, int)`."""
 
-_HASHED = {"s", "z", "d", "o", "n"}
+_HASHED = {"s", "z", "d", "o", "n", "k", "m"}
+_LONGEST_RANGE = 1_000_000
+_KEYS: type = type({}.keys())
+_VALUES: type = type({}.values())
+_ITEMS: type = type({}.items())
 
 
 def _not_plain(value: Any) -> dict[str, Any]:
@@ -103,6 +107,10 @@ def to_json(value: Any, hook: Hook = _not_plain, *, flatten: bool = True, depth:
         return {"r": items((value.start, value.stop, value.step))}
     if kind is deque:
         return {"q": items(value)}
+    if kind is _KEYS or kind is _VALUES:
+        return {"k" if kind is _KEYS else "v": items(value)}
+    if kind is _ITEMS:
+        return {"m": items(x for pair in value for x in pair)}
     if kind is OrderedDict:
         return {"o": items(x for pair in OrderedDict.items(value) for x in pair)}
     if kind is Counter:
@@ -166,7 +174,7 @@ class Reader:
         unhook: what stands for a tag that is not plain data; None refuses such tags.
         max_hashed: how many set members and dictionary keys the receiver is ready to hash, None for any number. With
             a limit it also refuses arithmetic on integers of more than 64 bits (a fraction is reduced, a range's
-            length divided).
+            length divided), and long ranges (a search for what is no integer walks through them).
     """
 
     def __init__(self, unhook: Unhook | None = None, max_hashed: int | None = None) -> None:
@@ -202,15 +210,26 @@ class Reader:
                 raise TooHeavy
         if tag in ("r", "F") and self.max_hashed is not None and not all(isinstance(n, int) for n in _list(body)):
             raise TooHeavy("large integers")
-        if tag in ("t", "s", "z", "d", "q", "o", "n", "r", "F"):
+        if tag in ("t", "s", "z", "d", "q", "o", "n", "k", "v", "m", "r", "F"):
             items = [self.value(n, depth + 1) for n in _list(body)]
             if tag == "t":
                 return tuple(items)
-            if tag in ("d", "o", "n"):
+            if tag in ("d", "o", "n", "m"):
                 pairs = dict(zip(items[::2], items[1::2], strict=True))
-                return pairs if tag == "d" else OrderedDict(pairs) if tag == "o" else Counter(pairs)
-            made: Any = {"s": set, "z": frozenset, "q": deque}.get(tag)
-            return made(items) if made else range(*items) if tag == "r" else Fraction(*items)
+                kinds: dict[str, Any] = {"d": dict, "o": OrderedDict, "n": Counter, "m": dict.items}
+                return kinds[tag](pairs)
+            if tag == "k":
+                return dict.fromkeys(items).keys()
+            if tag == "v":
+                return dict(enumerate(items)).values()
+            if tag == "F":
+                return Fraction(*items)
+            if tag != "r":
+                return (set if tag == "s" else frozenset if tag == "z" else deque)(items)
+            span = range(*items)
+            if self.max_hashed is not None and span and abs(span[-1] - span[0]) > _LONGEST_RANGE:
+                raise TooHeavy("a long range")
+            return span
         if tag == "i":
             return int(_str(body), 16)
         if tag == "f":
@@ -226,9 +245,9 @@ class Reader:
         if tag == "type":
             return TYPES[body]
         if tag == "delta":
-            return timedelta(*body)
+            return timedelta(*_integers(body))
         if tag in ("date", "time", "datetime"):
-            return {"date": date, "time": time, "datetime": datetime}[tag](*body)
+            return {"date": date, "time": time, "datetime": datetime}[tag](*_integers(body))
         if self.unhook is None:
             raise CodecError(f"an unknown tag {tag!r}")
         return self.unhook(tag, body)
@@ -238,6 +257,12 @@ def _list(body: Any) -> list[Any]:
     if not isinstance(body, list):
         raise CodecError("a list was expected")
     return body
+
+
+def _integers(body: Any) -> list[int]:
+    if not all(type(n) is int for n in _list(body)):  # the types of `datetime` take other things too, such as pickles
+        raise CodecError("integers were expected")
+    return list(body)
 
 
 def _str(body: Any) -> str:

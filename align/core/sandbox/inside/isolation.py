@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import platform
 import resource
@@ -74,10 +75,12 @@ def enter(level: int, shown: Sequence[str] = ()) -> None:
             raise Refused(f"Landlock ABI {landlock.ABI} (this kernel has {max(found, 0)})", errno.ENOSYS)
     if level == 1 and os.geteuid() != 0:
         raise Refused("another user's id (this process is not root)", errno.EPERM)
+    if level == 3 and os.geteuid() == 0:  # bubblewrap has made the namespaces
+        _become_nobody(libc)
     if level == 4:
         _enter_namespaces(libc, shown)
         seccomp.program(platform.machine(), 1, writes=True)  # each child is process 1 of its own: made once, for all
-    _library_folders()
+    library_folders(tuple(sys.path))
 
 
 def _enter_namespaces(libc: ctypes.PyDLL, shown: Sequence[str]) -> None:
@@ -119,7 +122,8 @@ def _enter_namespaces(libc: ctypes.PyDLL, shown: Sequence[str]) -> None:
 
 def _become_nobody(libc: ctypes.PyDLL) -> None:
     """From root to a user id that no account has, so that nothing on the machine is ours."""
-    for uid in (1_900_000_000 + os.getpid() % 1_000_000, 60_000 + os.getpid() % 5_000, NOBODY):
+    number = int.from_bytes(os.urandom(4))
+    for uid in (1_900_000_000 + number % 1_000_000, 60_000 + number % 5_000, NOBODY):
         try:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
@@ -140,10 +144,10 @@ def _build_root(libc: ctypes.PyDLL, shown: Sequence[str]) -> None:
     if base is None:
         raise Refused("find a folder to mount on", errno.ENOENT)
     own = ["/tmp", "/build"] if shown else ["/tmp"]
-    shown = shown or [*_library_folders(), "/dev/null", "/dev/zero", "/dev/urandom"]
+    shown = shown or [*library_folders(tuple(sys.path)), "/dev/null", "/dev/zero", "/dev/urandom"]
     # the new root hides `base`: what lies below it must be held open to be bound
     held = {path: os.open(path, os.O_PATH) for path in shown if Path(path).exists()}
-    covered = [d for path in held for d in _site_folders(path)]
+    covered = [d for path in held for d in site_folders(path)]
     _mount("mount a tmpfs", "tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     os.chdir(base)
     for path, descriptor in held.items():
@@ -173,9 +177,9 @@ def _build_root(libc: ctypes.PyDLL, shown: Sequence[str]) -> None:
 
 
 @lru_cache(maxsize=1)
-def _library_folders() -> list[str]:
-    """The folders of the interpreter's own library, and those that hold the system's shared libraries."""
-    own = [p for p in sys.path if Path(p).is_dir()]
+def library_folders(paths: tuple[str, ...]) -> list[str]:
+    """Those of the paths, of an interpreter's own library, that are folders; and the system's shared libraries'."""
+    own = [p for p in paths if Path(p).is_dir()]
     folders = [str(Path(p).resolve()) for p in own] + [p for p in own if Path(p).resolve() != Path(p)]
     return outermost([*folders, *system_folders()])
 
@@ -195,7 +199,8 @@ def outermost(folders: Iterable[str]) -> list[str]:
     return kept
 
 
-def _site_folders(path: str) -> list[str]:
+def site_folders(path: str) -> list[str]:
+    """The folders of installed packages in a library folder."""
     return [str(d) for name in ("site-packages", "dist-packages") if (d := Path(path) / name).is_dir()]
 
 
@@ -236,7 +241,7 @@ def confine(level: int, cpu_s: float, address_space: int) -> None:
         os.chdir("/tmp")
     elif level >= 1:
         os.chdir("/")
-    own_count = level == 4 and tuple(int(x) for x in os.uname().release.split(".")[:2] if x.isdigit()) >= (5, 14)
+    own_count = level >= 3 and tuple(int(x) for x in os.uname().release.split(".")[:2] if x.isdigit()) >= (5, 14)
     seconds = max(1, -int(-cpu_s // 1)) * (2 if sys.platform == "linux" else 1)  # the zygote looks first, on Linux
     for what, wanted in (
         (resource.RLIMIT_CORE, 0),
@@ -258,8 +263,10 @@ def confine(level: int, cpu_s: float, address_space: int) -> None:
             os.setresuid(NOBODY, NOBODY, NOBODY)
         except OSError as error:
             raise Refused("change to the user nobody", error.errno or 0) from None
-    if level == 2:
-        landlock.restrict(libc, [*_library_folders(), "/dev/null", "/dev/urandom"])
+    if level == 3 and landlock.abi(libc) >= landlock.ABI:
+        landlock.restrict(libc, ["/"])
+    elif level == 2:
+        landlock.restrict(libc, [*library_folders(tuple(sys.path)), "/dev/null", "/dev/urandom"])
     elif level == 4 and landlock.abi(libc) >= landlock.ABI:
         landlock.restrict(libc, ["/"], ["/tmp"])
     _drop_capabilities(libc)
@@ -294,8 +301,22 @@ def _drop_capabilities(libc: ctypes.PyDLL) -> None:
 
 
 def memory_in_use() -> int:
-    """The calling process's address space in bytes; a guess where the system does not say."""
+    """The calling process's address space in bytes, rounded up; a guess where it can't be told."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
-        return 512 << 20
+        if sys.platform != "linux":
+            return 512 << 20
+    # No /proc: the smallest limit under which one more page can be had.
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    low, high = 0, 1 << 40
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        resource.setrlimit(resource.RLIMIT_AS, (middle, hard))
+        try:
+            mmap.mmap(-1, resource.getpagesize()).close()
+            high = middle
+        except (OSError, MemoryError):
+            low = middle
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return high

@@ -32,12 +32,19 @@ class Solution:
     Attributes:
         opaque: what kind of the solution's word a result so far rests on; empty for none.
         raised: what the solution raised last, as the runner describes it.
+        lost: why nothing more can come from the solution; empty while it is there. Kept because a test may catch
+            `SolutionLost` with a bare `except`.
+        unmet: an assertion that failed in a function which a test passed to the solution, which may have caught it.
+        unsendable: what a test tried to pass to the solution in vain.
+        asked: operations so far.
     """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.opaque = ""
         self.raised: dict[str, Any] | None = None
+        self.lost = self.unmet = self.unsendable = ""
+        self.asked = 0
         self.callbacks: list[Callable[..., Any]] = []
         self.proxies: dict[int, Any] = {}
         self.exceptions: dict[str, type[BaseException]] = {}
@@ -51,7 +58,7 @@ class Solution:
         reply = self._exchange({"names": names})
         found = reply.get("value")
         if not isinstance(found, dict):
-            raise SolutionLost("a malformed reply")
+            raise self.lose("a malformed reply")
         return {name: self._unpack(node) for name, node in found.items() if name in names}
 
     def operate(self, op: str, *args: Any, **kwargs: Any) -> Any:
@@ -60,6 +67,7 @@ class Solution:
         Raises:
             Exception: what the operation raised there, as the nearest built-in type.
         """
+        self.asked += 1
         message = {"op": op, "args": self._pack(list(args)), "kwargs": self._pack(kwargs)}
         reply = self._exchange(message)
         while "callback" in reply:
@@ -76,16 +84,23 @@ class Solution:
             return args[same]
         return self._unpack(reply.get("value"))
 
+    def lose(self, why: str) -> SolutionLost:
+        """Note that the solution is lost for good; what to raise."""
+        self.lost = self.lost or why
+        return SolutionLost(self.lost)
+
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        if self.lost:
+            raise self.lose("")
         try:
             self.channel.send(message)
             reply = self.channel.receive()
         except OSError:
             reply = None
         except CodecError as error:
-            raise SolutionLost(str(error)) from None
+            raise self.lose(str(error)) from None
         if not isinstance(reply, dict):
-            raise SolutionLost("it ended before answering")
+            raise self.lose("it ended before answering")
         return reply
 
     def _call_back(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +108,8 @@ class Solution:
             function = self.callbacks[request["callback"]]
             return {"value": self._pack(function(*self._unpack(request["args"])))}
         except Exception as error:
+            if isinstance(error, AssertionError):
+                self.unmet = f"an assertion in a function of the test did not hold {error}".strip()[:MAX_DETAIL]
             return {"raised": type(error).__name__, "message": str(error)[:MAX_DETAIL]}
 
     def _pack(self, value: Any) -> Any:
@@ -104,13 +121,17 @@ class Solution:
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
             self.callbacks.append(value)
             return {"fn": len(self.callbacks) - 1}
-        raise TypeError(f"the test passes the solution a {type(value).__name__}, which is not plain data")
+        if isinstance(value, Iterator):
+            self.callbacks.append(value.__next__)
+            return {"it": len(self.callbacks) - 1}
+        self.unsendable = f"passes the program a {type(value).__name__}, which is not plain data"
+        raise TypeError(self.unsendable)
 
     def _unpack(self, node: Any) -> Any:
         try:
             return Reader(self._proxy).value(node)
         except CodecError as error:
-            raise SolutionLost(str(error)) from None
+            raise self.lose(str(error)) from None
 
     def _proxy(self, tag: str, body: Any) -> Any:
         if tag != "h" or not isinstance(body, list) or len(body) != 2 or not isinstance(body[0], int):
@@ -138,7 +159,7 @@ class Solution:
 
     def _exception(self, about: Any) -> BaseException:
         if not isinstance(about, dict):
-            raise SolutionLost("a malformed reply")
+            raise self.lose("a malformed reply")
         self.raised = about
         kind = self._exception_type(str(about.get("type")), str(about.get("base")))
         text = str(about.get("message"))[:MAX_DETAIL]
@@ -253,7 +274,7 @@ def _data(proxy: Any) -> Any:
         return proxy
     value = _operate(proxy, "data")
     if type(value) is Proxy:
-        raise SolutionLost("a malformed reply")
+        raise _solution(proxy).lose("a malformed reply")
     return value
 
 

@@ -13,7 +13,7 @@ import operator
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from align.core.sandbox.inside.codec import (
@@ -72,7 +72,7 @@ def call(channel: Channel, job: dict[str, Any]) -> None:
     if namespace is None:
         return
     for number, (name, args, kwargs) in enumerate(job["calls"], 1):
-        function = namespace.get(name, getattr(builtins, name, None))
+        function = namespace.get(name)
         if function is None:
             channel.send({"missing": name})
             return
@@ -160,7 +160,18 @@ class _Objects:
             return self.kept[body[0]]
         if tag == "fn":
             return lambda *args: self._call_back(body, args)
+        if tag == "it":
+            return self._items(body)
         raise CodecError(f"an unknown tag {tag!r}")
+
+    def _items(self, number: int) -> Iterator[Any]:
+        """What an iterator of the tests gives; the function of that number is its `__next__`."""
+        while True:
+            try:
+                item = self._call_back(number, ())
+            except StopIteration:
+                return
+            yield item
 
     def _call_back(self, number: int, args: tuple[Any, ...]) -> Any:
         self.channel.send({"callback": number, "args": self.pack(list(args))})

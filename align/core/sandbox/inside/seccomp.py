@@ -66,6 +66,8 @@ CLONE_NEW_ANY = 0x7E020080  # every namespace flag
 IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 # F_DUPFD to F_SETLKW, F_OFD_GETLK to F_OFD_SETLKW, F_DUPFD_CLOEXEC, F_GETPIPE_SZ; not F_SETOWN, which sends signals.
 FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
+# Not even to itself: SIGKILL would look as if this machine had killed it, the others stop it until time is up.
+UNCATCHABLE = (9, 19, 20, 21, 22)  # SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU
 PR_SET_NAME, PR_GET_NAME, PR_SET_VMA = 15, 16, 0x53564D41
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -133,8 +135,10 @@ def program(machine: str, pid: int, *, writes: bool) -> bytes:
     rule(FCNTL[side], *one_of(1, FCNTLS))
     rule(PRLIMIT[side], *one_of(0, (0, pid)))
     rule(PRCTL[side], *one_of(0, (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)))
-    rule(TGKILL[side], *one_of(0, (pid,)))
-    rule(KILL[side], *one_of(0, (pid,)))
+    for numbers, signal_argument in ((KILL, 1), (TGKILL, 2)):
+        refused = [s for n in UNCATCHABLE for s in (_instruction(_JEQ, n, 0, 1), deny)]
+        itself = [_instruction(_LD, _arg(0)), _instruction(_JEQ, pid, 1, 0), deny]
+        rule(numbers[side], *itself, _instruction(_LD, _arg(signal_argument)), *refused, allow)
     plain = PLAIN | (WRITING | OPEN if writes else {})
     allowed = {numbers[side] for numbers in plain.values()}
     edges = [n for n in range(1024) if n == 0 or (n in allowed) != (n - 1 in allowed)]

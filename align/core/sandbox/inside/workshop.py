@@ -115,6 +115,8 @@ class _Workshop:
                 _say(self.control, {"begun": True})
             except Refused as refused:
                 _say(self.control, {"refused": [refused.step, refused.code]})
+            except OSError as error:
+                _say(self.control, {"refused": ["write the source", error.errno or 0]})
         elif "step" in request:
             self.step(request["step"], descriptors)
         elif "finish" in request:
@@ -205,7 +207,7 @@ def _confine(settings: dict[str, Any]) -> None:
     for what, wanted in (
         (resource.RLIMIT_CORE, 0),
         # of each process; for a run, which is one process, the workshop looks first
-        (resource.RLIMIT_CPU, seconds if compiles else 2 * seconds),
+        (resource.RLIMIT_CPU, seconds + 1 if compiles else 2 * seconds),
         (resource.RLIMIT_FSIZE, BUILD_BYTES if compiles else isolation.SCRATCH_BYTES),
         (resource.RLIMIT_NOFILE, DESCRIPTORS),
         (resource.RLIMIT_STACK, STACK_BYTES),

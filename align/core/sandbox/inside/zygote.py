@@ -55,7 +55,11 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
     for name in WARM:
         with contextlib.suppress(ImportError):
             __import__(name)
-    os.environ.pop("LD_LIBRARY_PATH", None)  # the interpreter may have needed it to start
+    for name in (
+        "LD_LIBRARY_PATH",
+        "PWD",
+    ):  # the first was to start with; the second is bubblewrap's
+        os.environ.pop(name, None)
     in_use = isolation.memory_in_use()
     try:
         isolation.enter(level)
@@ -158,12 +162,13 @@ def _child(check: Check | None, level: int, limits: dict[str, Any], in_use: int,
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # 0 input, 1 output, 2 errors, 3 the broker, 4 the other child (in tests that use the solution's objects)
-    high = [os.dup(d) for d in descriptors]
-    for target, source in enumerate(high):
-        os.dup2(source, target, inheritable=False)
-    os.closerange(len(high), 1024)
-    for number in range(3, len(high)):
-        os.set_blocking(number, True)
+    high = {target: os.dup(d) for target, d in zip(limits["at"], descriptors, strict=True)}
+    null = os.open(os.devnull, os.O_RDWR)  # the one inside, whose mount is read-only
+    for target in range(max(high) + 1):
+        os.dup2(high.get(target, null), target, inheritable=False)
+        if target >= 3:
+            os.set_blocking(target, True)
+    os.closerange(max(high) + 1, 1024)
     channel = Channel(Descriptor(3))
     try:
         isolation.confine(level, limits["cpu_s"], in_use + limits["memory_bytes"])
