@@ -78,8 +78,9 @@ class CodeVerifier:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The sandbox's level, failed probes and what is unprotected, for manifests."""
-        return self.sandbox.report
+        """The sandbox's level, failed probes and what is unprotected, and the toolchains that ran; for manifests."""
+        versions = self.toolchains.versions()
+        return {**self.sandbox.report, **({"toolchains": versions} if versions else {})}
 
     def verify(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
         """The verdict on one completion: passed, failed, or error for a timeout, an unusable reference, or an opaque

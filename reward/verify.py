@@ -48,6 +48,7 @@ class VerifyConfig(StageConfig):
     )
     cpu_s: float = Field(5.0, gt=0, description="CPU seconds for all tests of one program")
     memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
+    compile_cpu_s: float = Field(30.0, gt=0, description="CPU seconds for compiling one program (not Python)")
 
 
 def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
@@ -64,7 +65,10 @@ def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
 def _verified(config: VerifyConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     counts: dict[str, Counter[str]] = {}
     tools.progress.start(len(table), "rows")
-    settings = {"accept": config.accept, "cpu_s": config.cpu_s, "memory_mb": config.memory_mb}
+    settings = {
+        "accept": config.accept, "cpu_s": config.cpu_s, "memory_mb": config.memory_mb,
+        "compile_cpu_s": config.compile_cpu_s,
+    }  # fmt: skip
     with Verifiers(settings, tools.progress.say) as verifiers:
         rows, copies = tee(table.rows())  # the copies run ahead by one chunk of the verifiers
         for row, found in zip(rows, verifiers.verify_many(map(_for_verifier, copies)), strict=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,11 +20,12 @@ from typing import Any
 import pytest
 
 from align.core.sandbox import Limits, Slot
+from align.core.sandbox.inside import program_calls
 from align.core.sandbox.programs import COMPILING, Ran, Workshop, in_workshop
 from align.core.sandbox.toolchains import FINDERS, MissingToolchain, Toolchains, java_names
 from reward.code_programs import FENCES
 from reward.code_tests import CodeVerifier, extract_code
-from tests.core.sandbox.places import ROOT, slot_or_skip
+from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 from tests.reward.programs import BROKEN, HUNGRY, INCLUDING, SPIES, SUM
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -353,3 +356,58 @@ def test_a_java_file_is_named_as_its_public_class_and_the_class_with_main_is_sta
     source: str, file: str, main: str
 ) -> None:
     assert java_names(source) == (file, main)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become an ordinary user")
+def test_an_ordinary_user_gets_the_same_isolation() -> None:
+    """With the toolchains that this user can reach: those in root's home are not among them."""
+    slot_or_skip(4).close()
+    result = run_python(
+        f"""
+import os
+from reward.code_tests import CodeVerifier
+from tests.reward.programs import SPIES, SUM
+assert os.getuid() == 65534
+spied = [{{"stdin": f"/etc/passwd 9 {{os.getpid()}}", "stdout": "done"}}]
+with CodeVerifier(1) as verifier:
+    for language in ("cpp", "javascript"):
+        print(verifier.verify(SUM[language], {{"io": {IO!r}, "language": language}}).detail)
+        print(verifier.verify(SPIES[language], {{"io": spied, "language": language}}).detail)
+""",
+        as_nobody=True,
+    )
+    assert result.stderr == ""
+    for line in result.stdout.splitlines():
+        assert line in ("2 inputs passed", "1 inputs passed") or "install" in line
+    assert len(result.stdout.splitlines()) == 4
+
+
+def test_system_call_numbers_are_those_of_the_kernels_headers() -> None:
+    headers = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
+    for side, (machine, header) in enumerate(headers.items()):
+        path = Path("/usr/include") / header
+        if not path.exists():
+            pytest.skip(f"{path} is not installed")
+        numbers = {m[1]: int(m[2]) for m in re.finditer(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())}
+        ours = {**program_calls.MORE, **program_calls.FORKS, "mmap": program_calls.MMAP,
+                "socketpair": program_calls.SOCKETPAIR}  # fmt: skip
+        assert {n: c[side] for n, c in ours.items() if c[side] not in (None, numbers.get(n))} == {}
+        assert len(program_calls.program(machine, forks=True)) % 8 == 0
+
+
+def test_align_verify_takes_a_language_and_says_which_toolchain_ran(tmp_path: Path, verifier: CodeVerifier) -> None:
+    need(verifier, "javascript")
+    rows = [(SUM["javascript"], "javascript"), ("print(sum(map(int, input().split())))", None), (SUM["cpp"], "ada")]
+    lines = []
+    for text, language in rows:
+        reference = {"io": IO, "language": language}
+        lines.append({"task": "code", "prompt": "Add.", "completion": text, "reference": reference})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = subprocess.run(
+        [sys.executable, "-m", "align.cli", "verify", "data=rows.jsonl", "out=checked", "compile_cpu_s=9"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "checked" / "manifest.json").read_text())["summary"]
+    assert summary["verdicts"] == {"code": {"passed": 2, "error": 1}}
+    assert list(summary["sandbox"]["toolchains"]) == ["javascript"]

@@ -51,6 +51,7 @@ class Toolchain:
 
     Attributes:
         language: its name in references.
+        version: what the compiler or runtime says of itself, one line, for manifests.
         plan: from a program's source to its commands; of the memory in MiB that it may use.
         shown: files and folders of this machine that its programs may read and execute.
         environment: variables, the same for compiling and running.
@@ -60,6 +61,7 @@ class Toolchain:
     """
 
     language: str
+    version: str
     plan: Callable[[str, int], Plan]
     shown: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -113,6 +115,11 @@ class Toolchains:
         if isinstance(found, MissingToolchain):
             raise found
         return found
+
+    def versions(self) -> dict[str, str]:
+        """The versions of those that were found, by language."""
+        with self._lock:
+            return {name: t.version for name, t in sorted(self._found.items()) if isinstance(t, Toolchain)}
 
     def folder(self, name: str) -> Path:
         """A new folder for what is prepared for a language."""
@@ -173,7 +180,7 @@ def _cpp(toolchains: Toolchains) -> Toolchain:
                 made.chmod(0o644)
                 made.rename(prepared / "bits" / "stdc++.h.gch")
 
-    return Toolchain("cpp", plan, (*files, str(prepared)), environment, ready=ready)
+    return Toolchain("cpp", _version(compiler, "--version"), plan, (*files, str(prepared)), environment, ready=ready)
 
 
 def _gcc(compiler: str, language: str) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -224,7 +231,15 @@ def _java(toolchains: Toolchains) -> Toolchain:
 
     # LD_LIBRARY_PATH, since there is no /proc in which the launcher could look where it lies.
     environment = {"LD_LIBRARY_PATH": str(home / "lib"), "MALLOC_ARENA_MAX": "2"}
-    return Toolchain("java", plan, (*shown, *system_folders()), environment, runtime_mb=384, reserved_mb=1024)
+    return Toolchain(
+        "java",
+        _version(str(home / "bin" / "javac"), "-version"),
+        plan,
+        (*shown, *system_folders()),
+        environment,
+        runtime_mb=384,
+        reserved_mb=1024,
+    )
 
 
 def java_names(source: str) -> tuple[str, str]:
@@ -261,9 +276,9 @@ def _javascript(toolchains: Toolchains) -> Toolchain:
         return Plan(file, (node, "--check", file), run)
 
     environment = {"UV_USE_IO_URING": "0", "UV_THREADPOOL_SIZE": "1", "NODE_OPTIONS": ""}
-    return Toolchain(
-        "javascript", plan, (node, *system_folders()), environment, runtime_mb=256, reserved_mb=2048
-    )  # fmt: skip
+    shown = (node, *system_folders())
+    version = _version(node, "--version")
+    return Toolchain("javascript", version, plan, shown, environment, runtime_mb=256, reserved_mb=2048)
 
 
 _GO_PACKAGES = (
@@ -311,7 +326,13 @@ def _go(toolchains: Toolchains) -> Toolchain:
         *(str(p.resolve()) for p in (*Path(root).iterdir(), *(Path(root) / "pkg").iterdir()) if p.is_symlink()),
     ]
     return Toolchain(
-        "go", plan, (*shown, str(prepared), *system_folders()), environment, runtime_mb=96, reserved_mb=1024
+        "go",
+        _version(str(go), "version"),
+        plan,
+        (*shown, str(prepared), *system_folders()),
+        environment,
+        runtime_mb=96,
+        reserved_mb=1024,
     )
 
 
@@ -332,7 +353,9 @@ def _rust(toolchains: Toolchains) -> Toolchain:
         return Plan("main.rs", compile_, (f"{BUILD}/program",))
 
     environment["LD_LIBRARY_PATH"] = str(sysroot / "lib")
-    return Toolchain("rust", plan, (str(compiler), str(sysroot / "lib"), *files), environment)
+    return Toolchain(
+        "rust", _version(str(compiler), "--version"), plan, (str(compiler), str(sysroot / "lib"), *files), environment
+    )
 
 
 FINDERS: dict[str, Callable[[Toolchains], Toolchain]] = {
@@ -359,6 +382,10 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(program: str, option: str) -> str:
+    return _output([program, option]).partition("\n")[0] or "unknown"
 
 
 def _clean(environment: Mapping[str, str]) -> dict[str, str]:
