@@ -15,8 +15,7 @@ import pytest
 
 from align.core.errors import SandboxError
 from align.core.records import Verdict
-from align.core.sandbox import Limits
-from reward.code_tests import CodeVerifier, _verify, extract_code
+from reward.code_tests import CodeVerifier, extract_code
 from tests.core.sandbox.places import slot_or_skip
 from tests.reward.forgeries import FORGERIES
 
@@ -77,19 +76,6 @@ def test_no_forgery_passes_and_honest_code_passes_after_each(kind: str) -> None:
     assert broken == {}
     unexplained = {n: v for n, v in zip(names, verdicts[::2], strict=True) if "sandbox:" in v.detail or not v.detail}
     assert unexplained == {}
-
-
-@pytest.mark.slow
-def test_no_forgery_passes_at_level_2_either() -> None:
-    slot = slot_or_skip(2, Limits(cpu_s=1, wall_s=3, memory_mb=256))
-    try:
-        for name, code in FORGERIES.items():
-            if name not in COSTLY:
-                verdict = _verify(slot, code, REFERENCES["literal asserts"])
-                assert verdict.verdict != "passed", name
-        assert _verify(slot, HONEST, REFERENCES["literal asserts"]).verdict == "passed"
-    finally:
-        slot.close()
 
 
 PROGRAM = {"io": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "4\n", "stdout": "16\n\n"}]}

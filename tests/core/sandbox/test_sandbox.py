@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from align.core.errors import SandboxError
 from align.core.sandbox import Limits, Sandbox, Slot, Trouble
 from align.core.sandbox.zygotes import Refusal, Zygote
+from reward.code_tests import _verify
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -183,6 +185,40 @@ def test_a_killed_zygote_is_replaced_and_the_execution_repeated() -> None:
         assert slot.call(code, [("f", (), {})]).values == [1]
     finally:
         slot.close()
+
+
+def test_nine_kills_of_workers_among_250_executions_cost_no_verdict_and_no_two_seconds() -> None:
+    """Zygotes, what runs in their namespaces, and executions themselves are killed from outside, at uneven times."""
+    slot_or_skip(4).close()
+    tests = [{"tests": ["assert f(3) == 9", "assert f(4) == 16"]}, {"tests": ["y = f(3)\nassert y == 9"]}]
+    programs = [
+        "def f(x): return x * x",
+        "def f(x): return x + x",
+        "import time\ntime.sleep(0.02)\ndef f(x): return x * x",
+    ]
+    work = [(programs[i % 3], tests[i % 2]) for i in range(250)]
+    chosen = random.Random(0)
+    killed = 0
+
+    def timed(slot: Slot, item: tuple[str, dict[str, list[str]]]) -> tuple[str, float]:
+        began = time.monotonic()
+        return _verify(slot, *item).verdict, time.monotonic() - began
+
+    with Sandbox(2) as sandbox:
+        found = []
+        for number, outcome_ in enumerate(sandbox.map(timed, work, ahead=8)):
+            found.append(outcome_)
+            if number % 25 == 12 and killed < 9:
+                running = sandbox_processes()
+                os.kill(chosen.choice(running), signal.SIGKILL)
+                killed += 1
+        journal = sandbox.report["journal"]
+    assert killed == 9
+    assert [verdict for verdict, _ in found] == ["failed" if i % 3 == 1 else "passed" for i in range(250)]
+    assert max(seconds for _, seconds in found) < 2
+    assert (journal["executions"], journal["given_up"]) == (250, 0)
+    assert 1 <= journal["repeated"] <= 9
+    assert journal["troubles"]
 
 
 def test_nothing_is_left_behind() -> None:
