@@ -85,36 +85,11 @@ class CodeVerifier:
     def verify(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
         """The verdict on one completion: passed, failed, or error for a timeout, an unusable reference, or an opaque
         result (one that rests on the word of the solution's own objects)."""
-        return self.sandbox.run(lambda slot: self._verify(slot, completion, reference))
+        return self.sandbox.run(lambda slot: _verify(slot, completion, reference, self.toolchains, self.compiling))
 
     def verify_many(self, pairs: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Verdict]:
         """The verdicts on (completion, reference) pairs, in order, as they come, computed by all workers."""
-        return self.sandbox.map(lambda slot, pair: self._verify(slot, *pair), pairs)
-
-    def _verify(self, slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
-        if isinstance(reference, Mapping):  # in parquet each has the keys of all, null where it has none
-            reference = {key: value for key, value in reference.items() if value is not None}
-        problem = _problem(reference)
-        if problem:
-            return Verdict.error(_line(f"reference: {problem}"))
-        try:
-            if "io" not in reference:
-                return _verify_functions(slot, completion, reference)
-            language, cases = reference.get("language", "python"), reference["io"]
-            code = reference.get("prompt", "") + extract_code(completion, language=language)
-            if language == "python":
-                return _verify_program(slot, code, cases)
-            return verify_program(slot, self.toolchains, self.compiling, language, code, cases)
-        except Trouble as trouble:
-            return Verdict.error(_line(f"sandbox: {trouble}"))
-        except CodecError as error:
-            return Verdict.error(_line(f"can't be run: {error}"))
-        except SandboxError:
-            raise
-        except Exception as bug:  # a bug of ours on one row in a million must not cost the other rows
-            return Verdict.error(
-                _line(f"sandbox: the verifier failed ({type(bug).__name__}: {bug}); please report this")
-            )
+        return self.sandbox.map(lambda slot, pair: _verify(slot, *pair, self.toolchains, self.compiling), pairs)
 
 
 def extract_code(completion: str, defines: str | None = None, language: str = "python") -> str:
@@ -176,6 +151,39 @@ def _defines(code: str, name: str) -> bool:
         re.search(rf"^(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*[:=]", code, re.M)
         is not None
     )
+
+
+def _verify(
+    slot: Slot,
+    completion: str,
+    reference: Mapping[str, Any],
+    toolchains: Toolchains | None = None,
+    compiling: Limits = COMPILING,
+) -> Verdict:
+    """The verdict of one slot; without toolchains only Python runs."""
+    if isinstance(reference, Mapping):  # in parquet each has the keys of all, null where it has none
+        reference = {key: value for key, value in reference.items() if value is not None}
+    problem = _problem(reference)
+    if problem:
+        return Verdict.error(_line(f"reference: {problem}"))
+    try:
+        if "io" not in reference:
+            return _verify_functions(slot, completion, reference)
+        language, cases = reference.get("language", "python"), reference["io"]
+        code = reference.get("prompt", "") + extract_code(completion, language=language)
+        if language == "python":
+            return _verify_program(slot, code, cases)
+        if toolchains is None:
+            return Verdict.error(f"language {language!r}: only Python runs here")
+        return verify_program(slot, toolchains, compiling, language, code, cases)
+    except Trouble as trouble:
+        return Verdict.error(_line(f"sandbox: {trouble}"))
+    except CodecError as error:
+        return Verdict.error(_line(f"can't be run: {error}"))
+    except SandboxError:
+        raise
+    except Exception as bug:  # a bug of ours on one row in a million must not cost the other rows
+        return Verdict.error(_line(f"sandbox: the verifier failed ({type(bug).__name__}: {bug}); please report this"))
 
 
 def _problem(reference: Any) -> str:

@@ -24,7 +24,7 @@ from align.core.sandbox.inside import program_calls
 from align.core.sandbox.programs import COMPILING, Ran, Workshop, in_workshop
 from align.core.sandbox.toolchains import FINDERS, MissingToolchain, Toolchains, java_names
 from reward.code_programs import FENCES
-from reward.code_tests import CodeVerifier, extract_code
+from reward.code_tests import CodeVerifier, _verify, extract_code
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 from tests.reward.programs import BROKEN, HUNGRY, INCLUDING, SPIES, SUM
 
@@ -312,10 +312,10 @@ def language_name(request: pytest.FixtureRequest) -> str:
 def test_below_level_4_a_program_of_another_language_is_an_error_and_python_runs(verifier: CodeVerifier) -> None:
     slot = Slot(0, Limits())
     try:
-        found = verifier._verify(slot, SUM["cpp"], {"io": IO, "language": "cpp"})
+        found = _verify(slot, SUM["cpp"], {"io": IO, "language": "cpp"}, verifier.toolchains)
         assert (found.verdict, found.reward) == ("error", None)
         assert "'cpp': its programs need level 4" in found.detail and "level 0" in found.detail
-        assert verifier._verify(slot, "print(5)", {"io": IO[:1], "language": "python"}).verdict == "passed"
+        assert _verify(slot, "print(5)", {"io": IO[:1], "language": "python"}).verdict == "passed"
     finally:
         slot.close()
 
