@@ -109,10 +109,11 @@ def _normal(text: str) -> str:
 def _compilers_message(compiled: Ran) -> str:
     """A compiler's first error; with the place, where it follows on a line of its own."""
     lines = _lines(compiled.errors) or _lines(compiled.output)
-    found = [n for n, text in enumerate(lines) if re.search(r"\berror\b|\w*Error:|undefined reference|cannot", text)]
-    first = found[0] if found else next((n for n, text in enumerate(lines) if not text.startswith("#")), None)
-    if first is None:
+    telling = (r"\berror\b|\w*Error:|undefined reference", r"^\S+:\d+:\d+: ", r"^[^#]")
+    found = [n for pattern in telling for n, text in enumerate(lines) if re.search(pattern, text)]
+    if not found:
         return f"the compiler ended with {compiled.ended}"
+    first = found[0]
     place = lines[first + 1] if first + 1 < len(lines) and lines[first + 1].lstrip().startswith("-->") else ""
     if lines[first].startswith("SyntaxError") and (where := re.match(r"\S+:\d+$", lines[0])):
         place = f"({where[0]})"

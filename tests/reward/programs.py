@@ -379,3 +379,184 @@ INCLUDING = {
            'package main\n\n// #include "{path}"\nimport "C"\n\nfunc main() {{}}'],
     "rust": ['fn main() {{ println!("{{}}", include_str!("{path}")); }}', '#[path = "{path}"]\nmod m;\nfn main() {{}}'],
 }  # fmt: skip
+
+# Programs that use much of their language and its library: source, input, output.
+WIDE = {
+    "cpp": (
+        """
+#include <atomic>
+#include <chrono>
+#include <fstream>
+#include <future>
+#include <iomanip>
+#include <iostream>
+#include <random>
+#include <thread>
+#include <vector>
+using namespace std;
+int deep(int n) { volatile int x = n; return n == 0 ? 0 : 1 + deep(x - 1); }
+int main() {
+    long long sum = 0, x;
+    while (cin >> x) sum += x;
+    cout << sum << endl;
+    vector<thread> threads;
+    atomic<int> count{0};
+    for (int i = 0; i < 8; i++) threads.emplace_back([&] { count++; });
+    for (auto& t : threads) t.join();
+    random_device()();
+    { ofstream file("/tmp/x"); file << "hi"; }
+    string word;
+    ifstream("/tmp/x") >> word;
+    this_thread::sleep_for(chrono::milliseconds(5));
+    cout << count << " " << deep(100000) << " " << word << " " << async(launch::async, [] { return 5; }).get() << endl;
+    try { throw runtime_error("thrown"); } catch (exception& e) { cout << e.what() << endl; }
+    cout << fixed << setprecision(2) << 3.14159 << endl;
+}
+""",
+        "1 2\n3\n",
+        "6\n8 100000 hi 5\nthrown\n3.14\n",
+    ),
+    "java": (
+        """
+package some.place;
+import java.io.*; import java.math.*; import java.nio.file.*; import java.security.*; import java.time.*;
+import java.util.*; import java.util.concurrent.*; import java.util.regex.*; import java.util.stream.*;
+record Point(int x, int y) {}
+public class Wide {
+    static int deep(int n) { return n == 0 ? 0 : 1 + deep(n - 1); }
+    public static void main(String[] arguments) throws Exception {
+        BufferedReader in = new BufferedReader(new InputStreamReader(System.in));
+        long sum = 0;
+        for (String line; (line = in.readLine()) != null;)
+            for (String word : line.split(" ")) sum += Long.parseLong(word);
+        System.out.println(sum + " " + IntStream.range(0, 1000).parallel().sum());
+        ExecutorService pool = Executors.newFixedThreadPool(4);
+        System.out.println(pool.submit(() -> 42).get() + " " + CompletableFuture.supplyAsync(() -> 7).get());
+        pool.shutdown();
+        new SecureRandom().nextInt();
+        UUID.randomUUID();
+        MessageDigest.getInstance("SHA-256").digest(new byte[3]);
+        System.out.println(ZonedDateTime.of(2020, 2, 28, 0, 0, 0, 0, ZoneId.of("Europe/Paris")).plusDays(2));
+        System.out.println(String.format("%.3f %,d ", 3.14159, 1234567) + new BigInteger("2").pow(100) + new Point(1, 2));
+        Path file = Files.createTempFile("x", "y");
+        Files.writeString(file, "hi");
+        System.out.println(deep(50000) + Files.readString(file) + Pattern.matches("a+b", "aab") + Map.of("\u00fc", 1));
+    }
+}
+""",
+        "1 2\n3\n",
+        "6 499500\n42 7\n2020-03-01T00:00+01:00[Europe/Paris]\n"
+        "3.142 1,234,567 1267650600228229401496703205376Point[x=1, y=2]\n50000hitrue{\u00fc=1}\n",
+    ),
+    "javascript": (
+        """
+import crypto from "node:crypto";
+import fs from "node:fs";
+import readline from "node:readline";
+import { Worker } from "node:worker_threads";
+let sum = 0n;
+for await (const line of readline.createInterface({ input: process.stdin }))
+    for (const word of line.split(" ")) sum += BigInt(word);
+const deep = n => (n === 0 ? 0 : 1 + deep(n - 1));
+await new Promise(resolve => setTimeout(resolve, 10));
+fs.writeFileSync("/tmp/x", "hi");
+console.log(String(sum), deep(50000), fs.readFileSync("/tmp/x", "utf8"), await fs.promises.readFile("/tmp/x", "utf8"));
+console.log(crypto.createHash("md5").digest("hex").slice(0, 4), crypto.randomBytes(3).length);
+const worker = new Worker("require('worker_threads').parentPort.postMessage(5)", { eval: true });
+worker.on("message", value => process.stdout.write(`${value} ${new Intl.NumberFormat("de").format(1234567.5)}`));
+""",
+        "1 2\n3\n",
+        "6 50000 hi hi\nd41d 3\n5 1.234.567,5\n",
+    ),
+    "go": (
+        """
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"hash/fnv"
+	"math/big"
+	"math/rand"
+	"os"
+	"regexp"
+	"sort"
+	"strings"
+	"sync"
+	"time"
+)
+
+type point struct {
+	X int `json:"x"`
+}
+
+func deep(n int) int {
+	if n == 0 {
+		return 0
+	}
+	return 1 + deep(n-1)
+}
+
+func main() {
+	sum, lines := 0, bufio.NewScanner(os.Stdin)
+	for lines.Scan() {
+		for _, word := range strings.Fields(lines.Text()) {
+			var x int
+			fmt.Sscan(word, &x)
+			sum += x
+		}
+	}
+	var group sync.WaitGroup
+	results := make(chan int, 100)
+	for i := 0; i < 100; i++ {
+		group.Add(1)
+		go func(i int) { defer group.Done(); time.Sleep(time.Millisecond); results <- i }(i)
+	}
+	group.Wait()
+	close(results)
+	total := 0
+	for x := range results {
+		total += x
+	}
+	text, _ := json.Marshal(point{rand.Intn(1) + 3})
+	sorted := []int{3, 1}
+	sort.Ints(sorted)
+	os.WriteFile("/tmp/x", []byte("hi"), 0600)
+	read, _ := os.ReadFile("/tmp/x")
+	fnv.New32().Write([]byte("not among the packages that are prepared"))
+	fmt.Println(sum, total, string(text), sorted, string(read), deep(1000000), regexp.MustCompile("a+").FindString("caat"))
+	fmt.Println(new(big.Int).Exp(big.NewInt(2), big.NewInt(100), nil), time.Date(2020, 2, 30, 0, 0, 0, 0, time.UTC).Month())
+}
+""",
+        "1 2\n3\n",
+        '6 4950 {"x":3} [1 3] hi 1000000 aa\n1267650600228229401496703205376 March\n',
+    ),
+    "rust": (
+        """
+use std::collections::HashMap;
+use std::io::{self, BufRead, Write};
+use std::sync::{mpsc, Arc, Mutex};
+use std::thread;
+fn deep(n: u64) -> u64 { if n == 0 { 0 } else { 1 + std::hint::black_box(deep(n - 1)) } }
+fn main() {
+    let mut sum = 0i64;
+    for line in io::stdin().lock().lines() {
+        sum += line.unwrap().split_whitespace().map(|w| w.parse::<i64>().unwrap()).sum::<i64>();
+    }
+    let total = Arc::new(Mutex::new(0));
+    let threads: Vec<_> = (0..8).map(|i| { let t = total.clone(); thread::spawn(move || *t.lock().unwrap() += i) }).collect();
+    for t in threads { t.join().unwrap(); }
+    let (tx, rx) = mpsc::channel();
+    thread::Builder::new().stack_size(64 << 20).spawn(move || tx.send(deep(500000)).unwrap()).unwrap();
+    std::fs::write("/tmp/x", "hi").unwrap();
+    println!("{} {} {} {:?}", sum, total.lock().unwrap(), rx.recv().unwrap(), HashMap::from([("a", 1)]));
+    println!("{} {}", deep(100000), std::fs::read_to_string("/tmp/x").unwrap());
+    io::stdout().lock().write_all(b"end").unwrap();
+    std::process::exit(0);
+}
+""",
+        "1 2\n3\n",
+        '6 28 500000 {"a": 1}\n100000 hi\nend',
+    ),
+}

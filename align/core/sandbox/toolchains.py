@@ -300,8 +300,11 @@ def _go(toolchains: Toolchains) -> Toolchain:
     environment = {
         "GOROOT": root, "GOCACHE": str(prepared / "cache"), "GOPATH": f"{BUILD}/gopath", "GOTMPDIR": BUILD,
         "GOENV": "off", "GOTOOLCHAIN": "local", "GOPROXY": "off", "CGO_ENABLED": "0",
-        "GOTELEMETRY": "off", "GO111MODULE": "on", "GOMAXPROCS": "1", "HOME": BUILD,
+        "XDG_CONFIG_HOME": str(prepared), "GODEBUG": "goindex=0",
+        "GO111MODULE": "on", "GOMAXPROCS": "1", "HOME": BUILD,
     }  # fmt: skip
+    (prepared / "go" / "telemetry").mkdir(parents=True)
+    (prepared / "go" / "telemetry" / "mode").write_text("off\n")
     # The flags are in the key of the cache: what is prepared must be built as the programs are.
     build = (str(go), "build", "-ldflags=-s -w", "-o")
     source, warm = prepared / "main.go", {**environment, "GOTMPDIR": str(prepared), "GOPATH": str(prepared)}
