@@ -43,7 +43,7 @@ class SamplingConfig(StageConfig):
     )  # fmt: skip
 
     accept: Accept = Field("isolated", description="what isolation is enough to run code; unsafe runs it without any")
-    cpu_s: float = Field(5.0, gt=0, description="CPU seconds for all tests of one program")
+    cpu_s: float = Field(8.0, gt=0, description="CPU seconds for all tests of one program")
     memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
 
     @property

@@ -47,7 +47,7 @@ class CodeVerifier:
         workers: executions at the same time; None for the number of usable cores.
         accept: what isolation is enough, see `Sandbox`.
         cpu_s: CPU seconds for all tests of one completion (for each input of a program).
-        wall_s: the backstop in seconds of the clock; None for six times `cpu_s`.
+        wall_s: the backstop in seconds of the clock; None for four times `cpu_s`.
         memory_mb: memory of one execution beyond the interpreter's own, MiB.
         compile_cpu_s: CPU seconds for compiling one program of another language than Python.
     """

@@ -46,7 +46,7 @@ class VerifyConfig(StageConfig):
     accept: Accept = Field(
         "isolated", description="what isolation is enough to run code of the task `code`; unsafe runs it without any"
     )
-    cpu_s: float = Field(5.0, gt=0, description="CPU seconds for all tests of one program")
+    cpu_s: float = Field(8.0, gt=0, description="CPU seconds for all tests of one program")
     memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
     compile_cpu_s: float = Field(30.0, gt=0, description="CPU seconds for compiling one program (not Python)")
 

@@ -104,6 +104,8 @@ def _rows(
                     f"evaluate: {tally.apart['errors']} of {items * n} {mode} completions could not be sampled or "
                     f"verified, more than max_error_share = {config.max_error_share:g}; the last: {tally.last_error}"
                 )
+        if verifiers.sandbox_report:
+            summary["sandbox"] = verifiers.sandbox_report
     summary.update(scores=scores, prompts=items, not_verifiable=unverifiable, split=config.split)
 
 

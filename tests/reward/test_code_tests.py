@@ -15,6 +15,7 @@ import pytest
 
 from align.core.errors import SandboxError
 from align.core.records import Verdict
+from align.core.sandbox import Sandbox
 from reward.code_tests import CodeVerifier, extract_code
 from tests.core.sandbox.places import slot_or_skip
 from tests.reward.forgeries import FORGERIES
@@ -78,6 +79,29 @@ def test_no_forgery_passes_and_honest_code_passes_after_each(kind: str) -> None:
     assert unexplained == {}
 
 
+@pytest.mark.parametrize("level", [4, 3, 2, 1, 0])
+def test_verdicts_are_the_same_at_every_level(level: int) -> None:
+    slot_or_skip(level).close()
+    programs = {"passed": HONEST, "failed": "def f(x): return x + x", "error": "def f(x):\n    while True: pass"}
+    work = [(code, ref) for ref in REFERENCES.values() for code in programs.values()]
+    work += [("print(int(input()) ** 2)", PROGRAM), ("print(9)", PROGRAM), ("while True: pass", PROGRAM)]
+    verifier = CodeVerifier()
+    verifier.sandbox = Sandbox(2, accept="unsafe", levels=(level,), cpu_s=0.2, wall_s=8)
+    with verifier:
+        verdicts = list(verifier.verify_many(work))
+        report = verifier.report
+    assert [v.verdict for v in verdicts] == ["passed", "failed", "error"] * 4
+    assert report["level"] == level
+    assert report["journal"] == {
+        "executions": 9 + 2 + 2 + 1,
+        "timeouts": 4,
+        "repeated": 0,
+        "given_up": 0,
+        "replaced": 0,
+        "troubles": [],
+    }
+
+
 PROGRAM = {"io": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "4\n", "stdout": "16\n\n"}]}
 
 
@@ -138,6 +162,11 @@ def total(pairs): return sum(p.total() for p in pairs)
 def match(p, s): return re.match(p, s)
 def matches(p, s): return bool(re.match(p, s))
 def gen(n): yield from range(n)
+def keys(d): return d.keys()
+def values(d): return d.values()
+def pairs(d): return d.items()
+def listed(xs): return list(xs)
+def first(xs, n): return [x for _, x in zip(range(n), xs)]
 def point(x, y): return Point(x, y)
 def sort_in_place(a, key=None): a.sort(key=key)
 def same(a): a.append(1); return a
@@ -198,6 +227,18 @@ def data():
         "import datetime\nassert ident(datetime.date(2020, 1, 2)) == datetime.date(2020, 1, 2)",
         "from fractions import Fraction\nassert ident(Fraction(1, 2)) == Fraction(1, 2)",
         "assert ident(list(range(300000))) == list(range(300000))", "assert ident({i for i in range(5000)}) == set(range(5000))",
+        "assert keys({'a': 1, 'b': 2}) == {'a', 'b'} and list(keys({'a': 1})) == ['a']", "assert keys({'a': 1}) == {'a'}",
+        "assert sorted(values({'a': 2, 'b': 1})) == [1, 2]", "assert pairs({'a': 1}) == {('a', 1)}",
+        "import functools, operator\nassert apply(functools.partial(pow, 2), [3]) == [8]", "assert apply(operator.itemgetter(0), ['ab']) == ['a']",
+        "class Twice:\n    def __call__(self, x): return 2 * x\nassert apply(Twice(), [1, 2]) == [2, 4]",
+        "assert listed(x * x for x in range(3)) == [0, 1, 4]", "assert listed(map(str, [1])) == ['1']",
+        "assert listed(zip([1], 'a')) == [(1, 'a')] and listed(iter([])) == []",
+        "import itertools\nassert first(itertools.count(5), 3) == [5, 6, 7]", "assert json.dumps(ident([1])) == '[1]'",
+        "assert ident(3 + 4j) == 3 + 4j and abs(ident(3 + 4j)) == 5", "assert ident(sys.maxsize) == 2 ** 63 - 1",
+        "assert ident({frozenset({1}): ({2},)}) == {frozenset({1}): ({2},)}", "assert ident(float('nan')) != ident(float('nan'))",
+        "assert ident(range(3)) == range(3)", "assert ident(\"it's \\\\ \\n\") == \"it's \\\\ \\n\"",
+        "assert collections.OrderedDict(a=1) == ident(collections.OrderedDict(a=1))", "assert gen(3).__next__() == 0",
+        "it = gen(2)\nassert next(it) == 0 and next(it) == 1 and next(it, None) is None", "assert len(list(gen(5000))) == 5000",
         "with open('/dev/null') as f:\n    assert ident(f.name) == '/dev/null'",
     ],
 )  # fmt: skip

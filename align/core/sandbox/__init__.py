@@ -86,7 +86,7 @@ class Sandbox:
         workers: slots that run at the same time; None for the number of usable cores.
         accept: "isolated" refuses below level 2, "allow_degraded" below level 1, "unsafe" nothing.
         cpu_s: CPU seconds of one execution; more is a timeout.
-        wall_s: seconds of the clock, the backstop for what sleeps; None for six times `cpu_s`.
+        wall_s: seconds of the clock, the backstop for what sleeps; None for four times `cpu_s`.
         memory_mb: address space of one execution beyond the interpreter's own, MiB.
         levels: those that are tried, in order; fewer than all only in tests.
 
@@ -108,7 +108,7 @@ class Sandbox:
         levels: Sequence[int] = (4, 3, 2, 1, 0),
     ) -> None:
         self.workers = workers or _usable_cores()
-        self.limits = Limits(cpu_s, wall_s or 6 * cpu_s, memory_mb)
+        self.limits = Limits(cpu_s, wall_s or 4 * cpu_s, memory_mb)
         self.level = -1
         self._accept = accept
         self._levels = levels

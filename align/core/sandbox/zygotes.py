@@ -41,7 +41,7 @@ class Limits:
     """
 
     cpu_s: float = 8.0
-    wall_s: float = 48.0
+    wall_s: float = 32.0
     memory_mb: int = 512
 
 

@@ -455,6 +455,14 @@ _OWN: list[Hostile] = [
         "forgery", "another math", "class math:\n    isclose = fabs = staticmethod(lambda *a, **k: True)\ndef f(x): return 0", (),
         {"tests": ["assert math.isclose(f(2), 4)"]},
     ),
+    Hostile(
+        "forgery", "another numpy", "class np:\n    allclose = staticmethod(lambda *a, **k: True)\ndef f(x): return 0", (),
+        {"tests": ["assert np.allclose(f(2), 4)"]},
+    ),
+    Hostile(
+        "forgery", "another json", "class json:\n    dumps = staticmethod(lambda *a, **k: '4')\ndef f(x): return 0", (),
+        {"tests": ["assert json.dumps(f(2)) == '4'"]},
+    ),
     Hostile("forgery", "nothing where a built-in function is asked for", "g = 1", (), {"tests": ["assert max(1, 2) == 2"]}),
     Hostile("forgery", "the same with more tests", "", (), {"tests": ["assert abs(max(1, 2) - 2) < 1e-6"]}),
     Hostile("time", "searched for without end", "def f(x): return range(10**15)", (), {"tests": ["assert 'a' in f(2)"]}),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from align.core.sandbox.inside import seccomp
+from align.core.sandbox.inside import isolation, landlock, seccomp
 from align.core.sandbox.inside.codec import MAX_DEPTH, Channel, CodecError, NotPlain, Reader, TooHeavy, to_json
 
 VALUES = [
@@ -125,6 +125,12 @@ def test_system_call_numbers_are_those_of_the_kernels_headers(machine: str, head
     numbers = {m[1]: int(m[2]) for m in re.finditer(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())}
     numbers.setdefault("newfstatat", numbers.get("fstatat", -1))
     side = 0 if machine == "x86_64" else 1
+    assert (isolation._SYS_CLONE[machine], isolation._SYS_PIVOT_ROOT[machine]) == (
+        numbers["clone"],
+        numbers["pivot_root"],
+    )
+    for name in ("CREATE_RULESET", "ADD_RULE", "RESTRICT_SELF"):
+        assert numbers.get(f"landlock_{name.lower()}") in (None, getattr(landlock, f"_{name}"))
     calls = seccomp.PLAIN | seccomp.WRITING | seccomp.OPEN
     calls |= {"clone": seccomp.CLONE, "clone3": seccomp.CLONE3, "ioctl": seccomp.IOCTL, "prlimit64": seccomp.PRLIMIT,
               "tgkill": seccomp.TGKILL, "kill": seccomp.KILL, "prctl": seccomp.PRCTL, "fcntl": seccomp.FCNTL}  # fmt: skip

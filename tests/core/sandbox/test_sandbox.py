@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,9 +22,13 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import SandboxError
-from align.core.sandbox import Limits, Sandbox, Slot, Trouble
+from align.core.sandbox import MECHANISM, Limits, Sandbox, Slot, Trouble
+from align.core.sandbox.inside.codec import MAX_BYTES, MAX_DEPTH
+from align.core.sandbox.inside.isolation import DESCRIPTORS, SCRATCH_BYTES, SCRATCH_FILES, THREADS
+from align.core.sandbox.slot import KEPT_OUTPUT, LIGHT_HASHED, MAX_OUTPUT, TRIES
 from align.core.sandbox.zygotes import Refusal, Zygote
 from reward.code_tests import _verify
+from tests.core.sandbox.hostile import HOSTILE
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -129,7 +136,9 @@ def test_scratch_files_are_private_to_one_execution() -> None:
         assert outcome(slot, "return os.listdir('/tmp')") == []
         assert outcome(slot, "open('/a', 'w')") in ("OSError", "PermissionError")
         assert outcome(slot, "return sorted(os.listdir('/dev'))") == ["null", "urandom", "zero"]
-        assert "proc" not in outcome(slot, "return os.listdir('/')")  # type: ignore[operator]
+        root = outcome(slot, "return os.listdir('/')")
+        assert isinstance(root, list)
+        assert not {"proc", "sys", "etc", "home", "run", "var", "boot"} & set(root)
         assert outcome(slot, "return [os.getpid(), os.getuid()]") == [1, 65534]
         site = "import sysconfig\nd = sysconfig.get_path('stdlib') + '/site-packages'\nreturn os.path.isdir(d) and os.listdir(d) or []"
         assert outcome(slot, site) == []
@@ -146,6 +155,53 @@ def test_limits_hold_inside(slot: Slot) -> None:
     raised = outcome(slot, "import resource as r\nr.setrlimit(r.RLIMIT_CPU, (9, 9))")
     assert raised in ("ValueError", "PermissionError", "OSError")
     assert outcome(slot, "return len(bytearray(1 << 31))") == "MemoryError"
+
+
+def test_a_hard_limit_that_is_there_already_is_kept(tmp_path: Path) -> None:
+    """Asking for more than an existing hard limit would fail, and with it every execution."""
+    slot_or_skip(4).close()
+    result = run_python(
+        """
+import resource
+from align.core.sandbox import Sandbox
+for what, most in ((resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_NOFILE, 40), (resource.RLIMIT_AS, 3 << 30)):
+    resource.setrlimit(what, (most, most))
+code = "import resource\\ndef f(): return [resource.getrlimit(w) for w in (1, 7)]"
+with Sandbox(1, memory_mb=100_000) as sandbox:
+    answers = sandbox.run(lambda slot: slot.call(code, [("f", (), {}), ("f", (), {})]))
+    print(sandbox.level, answers.values[1])
+"""
+    )
+    assert result.stderr == ""
+    assert result.stdout.strip() == f"4 [({1 << 20}, {1 << 20}), (40, 40)]"
+
+
+def test_the_limits_are_those_of_the_documents() -> None:
+    page = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    assert (SCRATCH_BYTES, SCRATCH_FILES, DESCRIPTORS, THREADS) == (16 << 20, 4096, 64, 64)
+    assert (KEPT_OUTPUT, MAX_OUTPUT, MAX_BYTES, MAX_DEPTH, LIGHT_HASHED, TRIES) == (
+        64 << 10,
+        64 << 20,
+        8 << 20,
+        200,
+        2000,
+        3,
+    )
+    for said in ("16 MiB", "4,096 files", "64 descriptors", "64 threads", "64 KiB", "64 MiB", "8 MiB", "200 deep",
+                 "2,000 hashed", "three times"):  # fmt: skip
+        assert said in page, said
+
+
+def test_the_documents_figures_are_the_benchmarks() -> None:
+    page = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks" / "results" / "sandbox.json").read_text())
+    assert dict(re.findall(r"^\| ([a-z][^|]*?) \| ([\d.]+) \|$", page, re.MULTILINE)) == {
+        way: f"{cpu_ms:.1f}" for way, cpu_ms in measured["cpu_ms"].items()
+    }
+    assert measured["date"][:10] in page
+    assert f"The {len(HOSTILE)} hostile programs" in page
+    for level, mechanism in MECHANISM.items():
+        assert f"| {level} | " in page, mechanism
 
 
 def test_output_is_kept_up_to_a_limit_and_a_flood_is_ended() -> None:
@@ -210,8 +266,12 @@ def test_nine_kills_of_workers_among_250_executions_cost_no_verdict_and_no_two_s
             found.append(outcome_)
             if number % 25 == 12 and killed < 9:
                 running = sandbox_processes()
-                os.kill(chosen.choice(running), signal.SIGKILL)
-                killed += 1
+                while running:
+                    pid = running.pop(chosen.randrange(len(running)))
+                    with contextlib.suppress(ProcessLookupError):  # an execution that has ended meanwhile
+                        os.kill(pid, signal.SIGKILL)
+                        killed += 1
+                        break
         journal = sandbox.report["journal"]
     assert killed == 9
     assert [verdict for verdict, _ in found] == ["failed" if i % 3 == 1 else "passed" for i in range(250)]
@@ -270,17 +330,19 @@ def sandbox_processes(parent: int | None = None) -> list[int]:
 LOOPS = """
 import sys
 from align.core.sandbox import Sandbox
-with Sandbox(2, cpu_s=30) as sandbox:
+with Sandbox(2, cpu_s=30, levels=(int(sys.argv[1]),)) as sandbox:
     print("started", flush=True)
     list(sandbox.map(lambda s, _: s.call("import time\\ndef f(): time.sleep(99)", [("f", (), {})]), range(4)))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_or_killed_run_ends_its_executions(number: int) -> None:
-    slot_or_skip(4).close()
+@pytest.mark.parametrize(
+    ("number", "level"), [(signal.SIGINT, 4), (signal.SIGKILL, 4), (signal.SIGKILL, 3), (signal.SIGKILL, 2)]
+)
+def test_an_interrupted_or_killed_run_ends_its_executions(number: int, level: int) -> None:
+    slot_or_skip(level).close()
     process = subprocess.Popen(
-        [sys.executable, "-c", LOOPS], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        [sys.executable, "-c", LOOPS, str(level)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None

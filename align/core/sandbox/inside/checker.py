@@ -18,11 +18,8 @@ from typing import Any
 from align.core.sandbox.inside.codec import Channel, CodecError
 from align.core.sandbox.inside.proxies import MAX_DETAIL, Solution, SolutionLost
 
-# Modules that a test may use without importing them, since their functions only compute.
-MODULES = frozenset(
-    "bisect cmath collections copy datetime decimal fractions functools heapq itertools math operator random re "
-    "statistics string sys typing".split()
-)
+# What tests call by these names without importing it is never what the solution calls so.
+_OTHERS = {"np": "numpy", "numpy": "numpy", "pd": "pandas", "pandas": "pandas", "pytest": "pytest", "torch": "torch"}
 # What tests compare with: the real ones, even where a test leaves their import to the solution and the solution defines
 # others of the same names.
 _COMPARERS = {
@@ -162,7 +159,7 @@ def _namespace(solution: Solution, job: dict[str, Any]) -> dict[str, Any]:
     if job["entry_point"] is not None:
         used.add(job["entry_point"])
     dotted = {
-        n.value.id
+        (n.value.id, n.attr)
         for tree in trees
         for n in ast.walk(tree)
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
@@ -170,8 +167,9 @@ def _namespace(solution: Solution, job: dict[str, Any]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
     for source in (job["setup"], job["given"]):
         _run_trusted(source, namespace, job["entry_point"])
-    for name in dotted & MODULES - namespace.keys():
-        namespace[name] = importlib.import_module(name)
+    for name, attribute in sorted(dotted):
+        if name not in namespace and (module := _module(name, attribute)) is not None:
+            namespace[name] = module
     under_test = {job["entry_point"]} if job["entry_point"] else _builtins_under_test(trees)
     helpers = used - namespace.keys() | under_test & used
     for name, (module, attribute) in _imported_from(job["code"]).items():
@@ -231,6 +229,19 @@ def _builtins_under_test(trees: list[ast.Module]) -> set[str]:
         return set()
     inner = {c.func.id for c in calls if isinstance(c.func, ast.Name) and not any(_holds_call(a) for a in c.args)}
     return {name for name in inner if not isinstance(getattr(builtins, name), type)}
+
+
+def _module(name: str, attribute: str) -> Any:
+    """The standard library's module of that name, where it has the attribute: a test may use it without an import."""
+    if name not in sys.stdlib_module_names and name not in _OTHERS:
+        return None
+    try:
+        module = importlib.import_module(_OTHERS.get(name, name))
+    except ImportError:
+        if name in _OTHERS:
+            raise _BrokenTests(f"the tests need {_OTHERS[name]}, which the sandbox does not have") from None
+        return None
+    return module if hasattr(module, attribute) else None
 
 
 def _wrapping(trees: list[ast.Module]) -> set[str]:

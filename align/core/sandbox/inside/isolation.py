@@ -255,6 +255,8 @@ def confine(level: int, cpu_s: float, address_space: int) -> None:
     if sys.platform != "linux" or level == 0:
         return
     assert libc is not None
+    # A core that goes to a program (systemd-coredump, apport) is not bound by RLIMIT_CORE: it would stay behind.
+    _try("make undumpable", libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
     _try("no_new_privs", libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     if level == 1:
         try:

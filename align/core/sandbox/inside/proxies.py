@@ -8,7 +8,6 @@ whether it is so is decided on this side, from the type of the operands alone, n
 from __future__ import annotations
 
 import builtins
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,7 +117,7 @@ class Solution:
     def _handle(self, value: Any) -> dict[str, Any]:
         if type(value) is Proxy:
             return {"h": [object.__getattribute__(value, "_number")]}
-        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
+        if callable(value):
             self.callbacks.append(value)
             return {"fn": len(self.callbacks) - 1}
         if isinstance(value, Iterator):
