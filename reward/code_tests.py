@@ -8,8 +8,8 @@ What a reference may be, as the data sets have it:
     MBPP       `{"tests": ["assert f(1) == 2", …], "setup": "", "setup_after": ""}`: setup runs before the code,
                setup_after (MBPP's `test_setup_code`) after it
     HumanEval  `{"check": "def check(candidate): …", "entry_point": "f"}`
-    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …]}`: compared whole, but for white space at the ends of lines
-               and newlines at the end
+    programs   `{"io": [{"stdin": "…", "stdout": "…"}, …], "language": "python"}`: compared whole, but for white space
+               at the ends of lines and newlines at the end; in Python, or another language of `reward.code_programs`
 each with an optional `prompt`, the code that the completion continues or was given: it runs before the completion, and
 a test that calls its helper functions gets the prompt's, not those of the completion. Give it where there is one:
 HumanEval/32 calls such a helper, and without the prompt has to take the solution's word for it.
@@ -24,15 +24,19 @@ from typing import Any, Self
 
 from align.core.errors import SandboxError
 from align.core.records import Verdict
-from align.core.sandbox import Accept, Answers, Checked, Sandbox, Slot, Trouble
+from align.core.sandbox import Accept, Answers, Checked, Limits, Sandbox, Slot, Trouble
 from align.core.sandbox.inside.codec import CodecError
+from align.core.sandbox.programs import COMPILING
+from align.core.sandbox.toolchains import Toolchains
 from reward.code_asserts import Expectation, compiles, from_asserts, from_check, tested_name
+from reward.code_programs import FENCES, unknown_language, verify_program, wrong_output
+from reward.code_programs import line as _line
+from reward.code_programs import show as _show
 
-MAX_DETAIL = 400
 _KEYS = {
     "tests": {"tests", "setup", "setup_after", "prompt"},
     "check": {"check", "entry_point", "prompt", "setup"},
-    "io": {"io", "prompt"},
+    "io": {"io", "prompt", "language"},
 }
 
 
@@ -45,6 +49,7 @@ class CodeVerifier:
         cpu_s: CPU seconds for all tests of one completion (for each input of a program).
         wall_s: the backstop in seconds of the clock; None for four times `cpu_s`.
         memory_mb: memory of one execution beyond the interpreter's own, MiB.
+        compile_cpu_s: CPU seconds for compiling one program of another language than Python.
     """
 
     def __init__(
@@ -55,8 +60,11 @@ class CodeVerifier:
         cpu_s: float = 8.0,
         wall_s: float | None = None,
         memory_mb: int = 512,
+        compile_cpu_s: float = COMPILING.cpu_s,
     ) -> None:
         self.sandbox = Sandbox(workers, accept=accept, cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory_mb)
+        self.toolchains = Toolchains()
+        self.compiling = Limits(compile_cpu_s, 6 * compile_cpu_s, COMPILING.memory_mb)
 
     def __enter__(self) -> Self:
         self.sandbox.__enter__()
@@ -66,32 +74,36 @@ class CodeVerifier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.sandbox.close()
+        self.toolchains.close()
 
     @property
     def report(self) -> dict[str, Any]:
-        """The sandbox's level, failed probes and what is unprotected, for manifests."""
-        return self.sandbox.report
+        """The sandbox's level, failed probes and what is unprotected, and the toolchains that ran; for manifests."""
+        versions = self.toolchains.versions()
+        return {**self.sandbox.report, **({"toolchains": versions} if versions else {})}
 
     def verify(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
         """The verdict on one completion: passed, failed, or error for a timeout, an unusable reference, or an opaque
         result (one that rests on the word of the solution's own objects)."""
-        return self.sandbox.run(lambda slot: _verify(slot, completion, reference))
+        return self.sandbox.run(lambda slot: _verify(slot, completion, reference, self.toolchains, self.compiling))
 
     def verify_many(self, pairs: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Verdict]:
         """The verdicts on (completion, reference) pairs, in order, as they come, computed by all workers."""
-        return self.sandbox.map(lambda slot, pair: _verify(slot, *pair), pairs)
+        return self.sandbox.map(lambda slot, pair: _verify(slot, *pair, self.toolchains, self.compiling), pairs)
 
 
-def extract_code(completion: str, defines: str | None = None) -> str:
-    """The program in a completion: its last fenced Python block that holds code; the whole text if it has no fence.
+def extract_code(completion: str, defines: str | None = None, language: str = "python") -> str:
+    """The program in a completion: its last fenced block of the language that holds code; the whole text if it has no
+    fence.
 
     Args:
         completion: text of a model.
         defines: prefer the last block that defines this function over one that only uses it.
+        language: as references name it.
     """
     blocks = _fenced_blocks(completion)
-    python = [code for language, code in blocks if language in ("python", "py", "python3")]
-    found = python or [code for language, code in blocks if not language]
+    marked = [code for mark, code in blocks if mark in FENCES[language]]
+    found = marked or [code for mark, code in blocks if not mark]
     if not found:
         return completion
     defining = [code for code in found if defines and _defines(code, defines)]
@@ -126,7 +138,7 @@ def _opening(line: str) -> tuple[str, str, str]:
     fence = stripped[: len(stripped) - len(rest)]
     if len(fence) < 3 or "`" in rest:
         return "", "", ""
-    language = re.match(r"\s*\{?\.?(\w*)", rest)
+    language = re.match(r"\s*\{?\.?([\w+]*)", rest)
     return fence, language[1].lower() if language else "", line[: len(line) - len(stripped)]
 
 
@@ -141,16 +153,29 @@ def _defines(code: str, name: str) -> bool:
     )
 
 
-def _verify(slot: Slot, completion: str, reference: Mapping[str, Any]) -> Verdict:
+def _verify(
+    slot: Slot,
+    completion: str,
+    reference: Mapping[str, Any],
+    toolchains: Toolchains | None = None,
+    compiling: Limits = COMPILING,
+) -> Verdict:
+    """The verdict of one slot; without toolchains only Python runs."""
     if isinstance(reference, Mapping):  # in parquet each has the keys of all, null where it has none
         reference = {key: value for key, value in reference.items() if value is not None}
     problem = _problem(reference)
     if problem:
         return Verdict.error(_line(f"reference: {problem}"))
     try:
-        if "io" in reference:
-            return _verify_program(slot, reference.get("prompt", "") + extract_code(completion), reference["io"])
-        return _verify_functions(slot, completion, reference)
+        if "io" not in reference:
+            return _verify_functions(slot, completion, reference)
+        language, cases = reference.get("language", "python"), reference["io"]
+        code = reference.get("prompt", "") + extract_code(completion, language=language)
+        if language == "python":
+            return _verify_program(slot, code, cases)
+        if toolchains is None:
+            return Verdict.error(f"language {language!r}: only Python runs here")
+        return verify_program(slot, toolchains, compiling, language, code, cases)
     except Trouble as trouble:
         return Verdict.error(_line(f"sandbox: {trouble}"))
     except CodecError as error:
@@ -174,6 +199,8 @@ def _problem(reference: Any) -> str:
     for key in reference.keys() - {"tests", "io"}:
         if not isinstance(reference[key], str):
             return f"{key!r} is a {type(reference[key]).__name__}, but a string was expected"
+    if (problem := unknown_language(reference.get("language", "python"))) != "":
+        return problem
     if kinds[0] == "check":
         name = reference.get("entry_point", "")
         return "" if name.isidentifier() else f"'entry_point' is {name!r}, but a function's name was expected"
@@ -287,35 +314,16 @@ def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
 
 def _verify_program(slot: Slot, code: str, cases: Sequence[Mapping[str, str]]) -> Verdict:
     for number, case in enumerate(cases, 1):
-        expected = _normal(case["stdout"])
         output = slot.program(
             code, case["stdin"].encode("utf-8", "surrogatepass"), 2 * len(case["stdout"]) + (64 << 10)
         )
-        text = output.text.decode("utf-8", "replace")
         if output.timeout:
             return Verdict.error(_line(f"timeout: more than {output.timeout} on input {number}"))
         if output.raised is not None:
             return _judge_raised(output.raised, "call", f"input {number}")
         if output.ended not in ("", "exit status 0"):
             return Verdict.of(False, f"input {number}: the program ended early ({output.ended})")
-        if output.cut or _normal(text) != expected:
-            return Verdict.of(False, _line(f"input {number}: wrote {_show(text)}, expected {_show(case['stdout'])}"))
+        problem = wrong_output(output.text, output.cut, case["stdout"])
+        if problem:
+            return Verdict.of(False, _line(f"input {number}: {problem}"))
     return Verdict.of(True, f"{len(cases)} inputs passed")
-
-
-def _normal(text: str) -> str:
-    """Without white space at the ends of lines and newlines at the end."""
-    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n")).rstrip("\n")
-
-
-def _show(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with too many digits
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _line(text: str) -> str:
-    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[: 4 * MAX_DETAIL].split()))
-    return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."

@@ -48,6 +48,7 @@ class VerifyConfig(JudgedConfig):
     )
     cpu_s: float = Field(8.0, gt=0, description="CPU seconds for all tests of one program")
     memory_mb: int = Field(512, ge=16, description="memory of one program beyond the interpreter's own, MiB")
+    compile_cpu_s: float = Field(30.0, gt=0, description="CPU seconds for compiling one program (not Python)")
 
 
 def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
@@ -62,7 +63,10 @@ def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> It
     counts: dict[str, Counter[str]] = {}
     passed = 0
     tools.progress.start(sum(part.count() for part in parts), "rows")
-    settings = {"accept": config.accept, "cpu_s": config.cpu_s, "memory_mb": config.memory_mb}
+    settings = {
+        "accept": config.accept, "cpu_s": config.cpu_s, "memory_mb": config.memory_mb,
+        "compile_cpu_s": config.compile_cpu_s,
+    }  # fmt: skip
     waiting: deque[tuple[Row, str | None]] = deque()  # handed to the verifiers, which run ahead by one chunk
 
     def for_verifiers() -> Iterator[VerifyRow]:

@@ -6,13 +6,14 @@ import contextlib
 import os
 import socket
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from align.core.sandbox.slot import Slot
 
-_CODE = """
+CODE = """
 import os
 
 def system_call(name, *arguments):
@@ -45,12 +46,10 @@ def environment():
 """
 
 
-def successful_attacks(slot: Slot) -> list[str]:
-    """The attacks that got through; the canary file and the listening socket are made for the purpose and removed.
-
-    Raises:
-        Trouble: the slot can't run anything.
-    """
+@contextlib.contextmanager
+def attacks() -> Iterator[list[tuple[str, Any]]]:
+    """The attacks, as functions of `CODE` and their arguments; what they aim at is there meanwhile: a file
+    of the user's and a listening socket."""
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(socket.socket()) as listener:
         canary = Path(folder) / "canary"
         canary.write_text("secret")
@@ -58,24 +57,44 @@ def successful_attacks(slot: Slot) -> list[str]:
         shared = Path(f"/dev/shm/align-sandbox-canary-{os.getpid()}")
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        attacks = [
-            ("read", str(canary)),
-            ("write", str(canary)),
-            ("write", str(shared)),
-            ("list_folder", folder),
-            ("connect", listener.getsockname()[1]),
-            ("signal_process", os.getpid()),
-            ("signal_all", 0),
-            ("start_process", 0),
-            ("execute", "/bin/true"),
-            ("trace", os.getpid()),
-            ("make_namespace", 0),
-        ]
-        answers = slot.call(_CODE, [*(("attempt", a, {}) for a in attacks), ("environment", (), {})])
-        shared.unlink(missing_ok=True)  # there only if that attack succeeded
-    if len(answers.values) != len(attacks) + 1:
+        try:
+            yield [
+                ("read", str(canary)),
+                ("write", str(canary)),
+                ("write", str(shared)),
+                ("list_folder", folder),
+                ("connect", listener.getsockname()[1]),
+                *([("signal_process", os.getpid())] if os.getpid() != 1 else []),  # which inside is the process itself
+                ("signal_all", 0),
+                ("start_process", 0),
+                ("execute", "/bin/true"),
+                ("trace", os.getpid()),
+                ("make_namespace", 0),
+            ]
+        finally:
+            shared.unlink(missing_ok=True)  # there only if that attack succeeded
+
+
+def described(attempts: Sequence[tuple[str, Any]], outcomes: Sequence[bool]) -> list[str]:
+    """Those that succeeded, for a person."""
+    return [f"{name}({argument!r})" for (name, argument), done in zip(attempts, outcomes, strict=True) if done]
+
+
+def foreign(environment: Sequence[str]) -> list[str]:
+    """What of the user's environment got in, for a person."""
+    kept = {"LANG", "HOME", "PATH", "PYTHONHASHSEED", "LC_CTYPE"}
+    return [f"environment has {name}" for name in sorted(set(environment) - kept)]
+
+
+def successful_attacks(slot: Slot) -> list[str]:
+    """The attacks that got through.
+
+    Raises:
+        Trouble: the slot can't run anything.
+    """
+    with attacks() as attempts:
+        answers = slot.call(CODE, [*(("attempt", a, {}) for a in attempts), ("environment", (), {})])
+    if len(answers.values) != len(attempts) + 1:
         return [f"the probe did not finish ({answers.raised or answers.ended or answers.timeout})"]
     *outcomes, environment = answers.values
-    found = [f"{name}({argument!r})" for (name, argument), done in zip(attacks, outcomes, strict=True) if done]
-    foreign = set(environment) - {"LANG", "HOME", "PATH", "PYTHONHASHSEED", "LC_CTYPE"}
-    return found + [f"environment has {name}" for name in sorted(foreign)]
+    return described(attempts, outcomes) + foreign(environment)

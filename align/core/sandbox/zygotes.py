@@ -26,7 +26,7 @@ for name, path in {packages!r}:
     module = types.ModuleType(name)
     module.__path__ = [path]
     sys.modules[name] = module
-from align.core.sandbox.inside.zygote import main
+from align.core.sandbox.inside.{module} import main
 main({control}, {level}, {role!r})
 """
 
@@ -66,11 +66,19 @@ class Zygote:
         Trouble: it did not start.
     """
 
+    module = "zygote"
+
     def __init__(self, level: int, role: str = "runner") -> None:
         here = Path(__file__).resolve().parent
         stubs = [("align", here.parents[1]), ("align.core", here.parent), ("align.core.sandbox", here)]
         self.control, theirs = socket.socketpair()
-        code = _BOOT.format(packages=[(n, str(p)) for n, p in stubs], control=theirs.fileno(), level=level, role=role)
+        code = _BOOT.format(
+            packages=[(n, str(p)) for n, p in stubs],
+            module=self.module,
+            control=theirs.fileno(),
+            level=level,
+            role=role,
+        )
         environment = {"LANG": "C.UTF-8", "HOME": "/tmp", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]

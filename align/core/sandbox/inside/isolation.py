@@ -13,8 +13,9 @@ import os
 import platform
 import resource
 import signal
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,11 +49,15 @@ def _mount(step: str, source: str, target: str, kind: str | None, flags: int, da
     _try(step, libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]))
 
 
-def enter(level: int) -> None:
+def enter(level: int, shown: Sequence[str] = ()) -> None:
     """Take the calling process, which has one thread, to where its children can be confined.
 
     At level 4 it ends as process 1 of its own namespaces, in a root that holds the interpreter's library, read-only,
     and as a user whom nobody else is. The calling process stays outside as its parent and ends with it.
+
+    Args:
+        level: of isolation.
+        shown: at level 4, what the root holds in place of the interpreter's library; with an empty folder `/build`.
 
     Raises:
         Refused: the step and its errno.
@@ -73,12 +78,12 @@ def enter(level: int) -> None:
     if level == 3 and os.geteuid() == 0:  # bubblewrap has made the namespaces
         _become_nobody(libc)
     if level == 4:
-        _enter_namespaces(libc)
+        _enter_namespaces(libc, shown)
         seccomp.program(platform.machine(), 1, writes=True)  # each child is process 1 of its own: made once, for all
     library_folders(tuple(sys.path))
 
 
-def _enter_namespaces(libc: ctypes.PyDLL) -> None:
+def _enter_namespaces(libc: ctypes.PyDLL, shown: Sequence[str]) -> None:
     try:
         own = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -86,7 +91,7 @@ def _enter_namespaces(libc: ctypes.PyDLL) -> None:
     was_root = os.geteuid() == 0
     if was_root:  # the interpreter may lie where only root can go, so the mounts come before the change of user
         _try("unshare(mount) as root", libc.unshare(_NEWNS))
-        _build_root(libc)
+        _build_root(libc, shown)
         _become_nobody(libc)
     uid, gid = os.getuid(), os.getgid()
     others = _NEWNS | _NEWPID | _NEWIPC | _NEWNET | _NEWUTS | _NEWCGROUP
@@ -106,7 +111,7 @@ def _enter_namespaces(libc: ctypes.PyDLL) -> None:
             raise Refused(f"write /proc/self/{name}", error.errno or 0) from None
     os.close(own)
     if not was_root:
-        _build_root(libc)
+        _build_root(libc, shown)
     child = os.fork()
     if child:
         os.closerange(0, 1024)
@@ -131,13 +136,15 @@ def _become_nobody(libc: ctypes.PyDLL) -> None:
     raise Refused("change to an unused user id", code)
 
 
-def _build_root(libc: ctypes.PyDLL) -> None:
-    """A new root in memory: the interpreter's library and the system's shared libraries read-only, three devices."""
+def _build_root(libc: ctypes.PyDLL, shown: Sequence[str]) -> None:
+    """A new root in memory: the interpreter's library and the system's shared libraries read-only, three devices; or
+    what is to be shown."""
     _mount("make / private", "none", "/", None, _MS_REC | _MS_PRIVATE)
     base = next((d for d in ("/tmp", "/run", "/mnt", "/var") if Path(d).is_dir()), None)
     if base is None:
         raise Refused("find a folder to mount on", errno.ENOENT)
-    shown = [*library_folders(tuple(sys.path)), "/dev/null", "/dev/zero", "/dev/urandom"]
+    own = ["/tmp", "/build"] if shown else ["/tmp"]
+    shown = shown or [*library_folders(tuple(sys.path)), "/dev/null", "/dev/zero", "/dev/urandom"]
     # the new root hides `base`: what lies below it must be held open to be bound
     held = {path: os.open(path, os.O_PATH) for path in shown if Path(path).exists()}
     covered = [d for path in held for d in site_folders(path)]
@@ -146,10 +153,10 @@ def _build_root(libc: ctypes.PyDLL) -> None:
     for path, descriptor in held.items():
         target = Path(base + path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.startswith("/dev/"):
-            target.touch()
-        else:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             target.mkdir(exist_ok=True)
+        else:
+            target.touch()
         _mount(f"bind {path}", f"/proc/self/fd/{descriptor}", str(target), None, _MS_BIND | _MS_REC)
         flags = sum(ms for st, ms in _ST_TO_MS.items() if os.statvfs(target).f_flag & st)
         if not path.startswith("/dev/"):
@@ -158,7 +165,8 @@ def _build_root(libc: ctypes.PyDLL) -> None:
         os.close(descriptor)
     for folder in covered:
         _mount(f"cover {folder}", "tmpfs", base + folder, "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k")
-    Path(base + "/tmp").mkdir(exist_ok=True)
+    for name in own:
+        Path(base + name).mkdir(exist_ok=True)
     number = _SYS_PIVOT_ROOT[platform.machine()]
     _try("pivot_root", libc.syscall(number, b".", b"."))
     _try("detach the old root", libc.umount2(b".", 2))
@@ -172,10 +180,18 @@ def _build_root(libc: ctypes.PyDLL) -> None:
 def library_folders(paths: tuple[str, ...]) -> list[str]:
     """Those of the paths, of an interpreter's own library, that are folders; and the system's shared libraries'."""
     own = [p for p in paths if Path(p).is_dir()]
-    triple = getattr(sys.implementation, "_multiarch", "") or "none"
-    system = [f"/lib/{triple}", f"/usr/lib/{triple}", "/lib64", "/usr/lib64"]
     folders = [str(Path(p).resolve()) for p in own] + [p for p in own if Path(p).resolve() != Path(p)]
-    folders += [p for p in system if Path(p).is_dir()]
+    return outermost([*folders, *system_folders()])
+
+
+def system_folders() -> list[str]:
+    """The folders of the system's shared libraries."""
+    triple = getattr(sys.implementation, "_multiarch", "") or "none"
+    return [p for p in (f"/lib/{triple}", f"/usr/lib/{triple}", "/lib64", "/usr/lib64") if Path(p).is_dir()]
+
+
+def outermost(folders: Iterable[str]) -> list[str]:
+    """The folders without those that lie in another of them."""
     kept: list[str] = []
     for folder in sorted(set(folders), key=len):
         if not any(folder == k or folder.startswith(k + "/") for k in kept):

@@ -14,7 +14,7 @@ from align.core.sandbox.inside import Refused
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG, _RULE_PATH_BENEATH = 1, 1
-_READ_FILE, _READ_DIR = 1 << 2, 1 << 3
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 1 << 1, 1 << 2, 1 << 3
 _ALL_FS, _ALL_NET, _ALL_SCOPES = (1 << 16) - 1, 3, 3
 ABI = 6
 
@@ -33,9 +33,11 @@ def abi(libc: ctypes.PyDLL) -> int:
     return int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION_FLAG)))
 
 
-def restrict(libc: ctypes.PyDLL, readable: Sequence[str], writable: Sequence[str] = ()) -> None:
-    """Leave the calling process the right to read the given folders and files, all rights to those that are `writable`,
-    and no other right to any file."""
+def restrict(
+    libc: ctypes.PyDLL, readable: Sequence[str], writable: Sequence[str] = (), *, execute: bool = False
+) -> None:
+    """Leave the calling process the right to read the given folders and files (and to execute what lies there), all
+    rights to those that are `writable`, and no other right to any file."""
 
     def attempt(step: str, result: int) -> int:
         if result < 0:
@@ -47,7 +49,12 @@ def restrict(libc: ctypes.PyDLL, readable: Sequence[str], writable: Sequence[str
     ruleset = attempt("landlock_create_ruleset", libc.syscall(_CREATE_RULESET, ctypes.byref(attributes), size, 0))
     for path in (*readable, *writable):
         folder = os.open(path, os.O_PATH)
-        rights = _ALL_FS if path in writable else _READ_FILE | (0 if path.startswith("/dev/") else _READ_DIR)
+        if path.startswith("/dev/"):
+            rights = _READ_FILE | (_WRITE_FILE if path in writable else 0)
+        elif path in writable:
+            rights = _ALL_FS
+        else:
+            rights = _READ_FILE | _READ_DIR | (_EXECUTE if execute else 0)
         rule = _Beneath(rights, folder)
         attempt(
             f"landlock_add_rule({path})",

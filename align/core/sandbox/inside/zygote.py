@@ -82,7 +82,7 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
         descriptors: list[int] = []
         patience = None
         if child:
-            patience = cpu_limit - _cpu_s(child)
+            patience = cpu_limit - cpu_used(child)
             if patience <= 0 and not over:
                 over = True
                 os.kill(child, signal.SIGKILL)
@@ -115,9 +115,9 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
                 _say(control, {"ended": status, "over": over, "cpu_s": usage.ru_utime + usage.ru_stime})
 
 
-def _cpu_s(child: int) -> float:
-    """The CPU time of a child that has not been reaped, exact where the system tells; the resource limit, which counts
-    timer ticks and so errs on a busy machine, is the backstop."""
+def cpu_used(child: int) -> float:
+    """The CPU seconds of a child that has not been reaped, exact where the system tells; the resource limit, which
+    counts timer ticks and so errs on a busy machine, is the backstop."""
     try:
         return time.clock_gettime((~child << 3) | 2)  # CPUCLOCK_SCHED of a process, see clock_getcpuclockid(3)
     except OSError:
