@@ -53,9 +53,24 @@ class Engines(Mapping[str, Engine]):
         for engine in self._cached.values():
             engine.close()
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """By role: completions sampled in this attempt, and those that an earlier attempt had left in the cache."""
-        return {role: {"sampled": each.misses, "reused": each.hits} for role, each in self._cached.items()}
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """By role: completions sampled in this attempt, and those that an earlier attempt had left in the cache.
+
+        An engine that tells what it used (a method `usage` that gives a mapping: requests, tokens, cost) has that
+        beside them; roles that share the engine tell it once.
+        """
+        counts: dict[str, dict[str, Any]] = {}
+        told: set[int] = set()
+        for role, each in self._cached.items():
+            counts[role] = {"sampled": each.misses, "reused": each.hits}
+            if hasattr(each.engine, "usage") and id(each.engine) not in told:
+                told.add(id(each.engine))
+                counts[role]["usage"] = dict(each.engine.usage())
+        return counts
+
+    def usage_lines(self) -> list[str]:
+        """What each engine used, for a person: `sampler: requests 120, asked again 3 (status 429 3), cost $0.0210`."""
+        return [f"{role}: {_usage_line(found['usage'])}" for role, found in self.counts().items() if "usage" in found]
 
     def _build(self, spec: EngineSpec) -> Engine:
         """Roles that ask for the same engine share it: a model is in memory once."""
@@ -77,6 +92,20 @@ class Engines(Mapping[str, Engine]):
         engine = chosen.build(settings, generator=name, fingerprint=fingerprint)
         self._plain.append((spec, engine))
         return engine
+
+
+def _usage_line(usage: Mapping[str, Any]) -> str:
+    """A mapping of figures as a line; what is zero or empty is left out."""
+    parts = []
+    for name, value in usage.items():
+        if isinstance(value, Mapping) and value:
+            inner = ", ".join(f"{key} {count:,}" for key, count in value.items())
+            parts.append(f"{name.replace('_', ' ')} {sum(value.values()):,} ({inner})")
+        elif value and name.endswith("_usd"):
+            parts.append(f"{name.removesuffix('_usd').replace('_', ' ')} ${value:,.4f}")
+        elif value:
+            parts.append(f"{name.replace('_', ' ')} {value:,}")
+    return ", ".join(parts) or "nothing"
 
 
 def _model(recipe: Recipe, source: Source, kind: Kind | tuple[Kind | None, ...] | None) -> ModelRef:
@@ -133,7 +162,7 @@ def origins(recipe: Recipe, step: Step, inputs: Mapping[str, Table | ModelRef]) 
     return found
 
 
-def engine_origins(recipe: Recipe, step: Step, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Origin]:
+def engine_origins(recipe: Recipe, step: Step, counts: Mapping[str, Mapping[str, Any]]) -> dict[str, Origin]:
     """The model of each engine, what decided its samples, and how many there were, for the manifest."""
     found = {}
     for role, spec in step.engines.items():
