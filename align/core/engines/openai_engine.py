@@ -90,6 +90,7 @@ class OpenAIEngine:
         """See `Engine`. Where nothing can be asked any more, what is in flight is still given before the error."""
         params.check(n)
         check_params(params, self._settings)
+        loop = self._running_loop()
         ahead = 2 * self._settings.concurrency * len(self._settings.addresses)
         work = (
             (number, prompt, indices)
@@ -104,7 +105,7 @@ class OpenAIEngine:
                 if error is None:
                     for number, prompt, indices in islice(work, ahead - len(going)):
                         task = self._complete(number, prompt, indices, params, results)
-                        future = asyncio.run_coroutine_threadsafe(task, self._running_loop())
+                        future = asyncio.run_coroutine_threadsafe(task, loop)
                         going.add(future)
                         future.add_done_callback(results.put)
                 if not going:

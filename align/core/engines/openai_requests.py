@@ -77,6 +77,7 @@ DIALECTS: dict[str, Dialect] = {
         schema="json_object",
         choices="grammar",
         raw_choices=True,
+        token_ids=False,  # llama-server takes them, llama-cpp-python's server stumbles over them
     ),
     "transformers": Dialect(
         {name: name for name in ("top_k", "min_p", "repetition_penalty")},

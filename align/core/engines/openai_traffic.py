@@ -375,7 +375,7 @@ class Traffic:
             async with asyncio.timeout(10):
                 await endpoint.client.models.with_raw_response.list()
         except openai.APIStatusError as problem:
-            return int(problem.status_code) < 500
+            return problem.status_code not in (502, 503, 504)  # what a proxy says before a dead server
         except (openai.APIError, TimeoutError):
             return False
         return True
