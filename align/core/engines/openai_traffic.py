@@ -287,18 +287,9 @@ class Traffic:
 
     async def _send(self, endpoint: Endpoint, path: str, body: dict[str, Any]) -> Any:
         """One attempt; gives the answer's JSON."""
-        client = endpoint.client
-        rest = {key: value for key, value in body.items() if key not in ("model", "messages", "prompt")}
         try:
             async with asyncio.timeout(self._settings.timeout_s):  # the client's own is only that between two bytes
-                if "messages" in body:
-                    raw = await client.chat.completions.with_raw_response.create(
-                        model=body["model"], messages=body["messages"], extra_body=rest
-                    )
-                else:
-                    raw = await client.completions.with_raw_response.create(
-                        model=body["model"], prompt=body["prompt"], extra_body=rest
-                    )
+                text = await endpoint.client.post(f"/{path}", cast_to=str, body=body)
         except (TimeoutError, openai.APITimeoutError):
             raise _FailedError("timeout", f"no answer within {self._settings.timeout_s:g} s") from None
         except openai.APIStatusError as problem:
@@ -306,10 +297,9 @@ class Traffic:
         except openai.APIConnectionError as problem:
             raise _FailedError("connection", f"connection: {problem.__cause__ or problem}") from None
         try:
-            return json.loads(raw.content)
+            return json.loads(text)
         except ValueError:
-            start = raw.content[:80].decode(errors="replace")
-            raise _FailedError("malformed answer", f"an answer that is no JSON: {start!r}") from None
+            raise _FailedError("malformed answer", f"an answer that is no JSON: {text[:80]!r}") from None
 
     def _status_problem(self, endpoint: Endpoint, path: str, problem: openai.APIStatusError) -> Exception:
         status = problem.status_code
@@ -373,7 +363,7 @@ class Traffic:
     async def _is_there(self, endpoint: Endpoint) -> bool:
         try:
             async with asyncio.timeout(10):
-                await endpoint.client.models.with_raw_response.list()
+                await endpoint.client.get("/models", cast_to=str)
         except openai.APIStatusError as problem:
             return problem.status_code not in (502, 503, 504)  # what a proxy says before a dead server
         except (openai.APIError, TimeoutError):
