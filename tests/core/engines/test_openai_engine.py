@@ -381,7 +381,7 @@ def test_greedy_samples_are_asked_for_one_by_one_since_servers_refuse_several() 
 
 
 def test_amid_every_kind_of_fault_nothing_is_lost_or_doubled_and_the_order_is_kept() -> None:
-    prompts: list[Prompt] = [[{"role": "user", "content": f"q {i}"}] if i % 3 else f"text {i}" for i in range(60)]
+    prompts: list[Prompt] = [[{"role": "user", "content": f"q {i}"}] if i % 3 else f"text {i}" for i in range(40)]
     faults = [fault for fault, _ in FAULTS.values() if not fault.after_s and not fault.change]
     draw = random.Random(1)
 
@@ -397,9 +397,9 @@ def test_amid_every_kind_of_fault_nothing_is_lost_or_doubled_and_the_order_is_ke
     assert [prompt for prompt, _ in ordered] == prompts
     assert {(number, i): c for number, (_, found) in enumerate(ordered) for i, c in enumerate(found)} == expected
     sent = sum((server.sent() for server in servers), servers[0].sent() - servers[0].sent())
-    assert len(sent) == 180 and usage["lost"] == 0
-    # 30% fail: of 180 samples about 77 more requests, here within four standard deviations (10.5).
-    assert 35 < sum(usage["asked_again"].values()) == usage["requests"] - 180 < 120
+    assert len(sent) == 120 and usage["lost"] == 0
+    # 30% fail: for 120 samples 51 more requests, here within four standard deviations (8.6).
+    assert 17 < sum(usage["asked_again"].values()) == usage["requests"] - 120 < 86
     assert all(server.most_at_once <= 6 for server in servers)
 
 
@@ -421,8 +421,7 @@ def test_a_prompt_that_is_refused_is_asked_once_and_the_others_still_come(
     assert all(seen.attempt == 0 for seen in server.seen)
 
 
-@pytest.mark.parametrize("fault", [Fault(500), Fault(drop=True), Fault(429)], ids=["500", "dropped", "429"])
-@pytest.mark.parametrize("place", [0, 5], ids=["first", "last"])
+@pytest.mark.parametrize(("fault", "place"), [(Fault(500), 0), (Fault(500), 5), (Fault(drop=True), 5), (Fault(429), 5)])
 def test_a_prompt_that_a_server_stumbles_over_every_time_is_an_error_completion_and_ends_nothing(
     fault: Fault, place: int, expected: dict[Any, Completion]
 ) -> None:
@@ -527,12 +526,11 @@ def test_a_server_that_keeps_failing_is_set_aside_and_tried_again() -> None:
     def ill(seen: Seen) -> Fault | None:
         return Fault(500) if seen.at_s < began + 0.5 else None
 
-    with FailingServer(delay_s=0.01) as well, FailingServer(ill) as other:
+    with FailingServer(delay_s=0.02) as well, FailingServer(ill) as other:
         with engine_of(well, other, concurrency=2) as engine:
-            prompts: list[Prompt] = [f"p {i}" for i in range(300)]
-            stream = engine.sample(iter(prompts), 1, PARAMS)
-            got = list(stream)
-        assert len(got) == 300 and all(c.finish_reason != "error" for _, _, c in got)
+            prompts: list[Prompt] = [f"p {i}" for i in range(150)]
+            got = list(engine.sample(iter(prompts), 1, PARAMS))
+        assert len(got) == 150 and all(c.finish_reason != "error" for _, _, c in got)
     failed = [seen for seen in other.seen if seen.at_s < began + 0.5]
     assert len(failed) < 20, "it was set aside"
     assert len(other.seen) > len(failed), "it was tried again"
