@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from align.core.engines.base import Engine
 from align.core.engines.build import EngineSettings, build_engine
+from align.core.engines.openai_settings import OpenAISettings, build_openai
 from align.core.errors import RecipeError
 from align.stages import nearest
 
@@ -42,6 +43,7 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "transformers": Backend(EngineSettings, build_engine),
+    "openai": Backend(OpenAISettings, build_openai, local=False),
 }
 
 

@@ -54,21 +54,28 @@ class Engines(Mapping[str, Engine]):
         for engine in self._cached.values():
             engine.close()
 
-    def counts(self) -> dict[str, dict[str, int]]:
+    def counts(self) -> dict[str, dict[str, Any]]:
         """By role: completions sampled in this attempt and reused from an earlier one's cache, failures, tokens of all.
 
-        `damaged` counts records of the cache that the disk had spoilt; they were sampled again.
+        `damaged` counts records of the cache that the disk had spoilt; they were sampled again. An engine that tells
+        what it used (a method `usage` that gives a mapping: requests, tokens, cost) has that beside them; roles that
+        share the engine tell it once.
         """
-        return {
-            role: {
+        counts: dict[str, dict[str, Any]] = {}
+        told: set[int] = set()
+        for role, each in self._cached.items():
+            counts[role] = {
                 "sampled": each.misses - each.failures,
                 "reused": each.hits,
                 "failed": each.failures,
                 "tokens": each.tokens,
-                **({"damaged": each.file.damaged} if each.file.damaged else {}),
             }
-            for role, each in self._cached.items()
-        }
+            if each.file.damaged:
+                counts[role]["damaged"] = each.file.damaged
+            if hasattr(each.engine, "usage") and id(each.engine) not in told:
+                told.add(id(each.engine))
+                counts[role]["usage"] = dict(each.engine.usage())
+        return counts
 
     def asked(self) -> Asked:
         """What all roles together were asked for so far, for the progress line."""
@@ -79,6 +86,10 @@ class Engines(Mapping[str, Engine]):
             failed=sum(each.failures for each in engines),
             tokens=sum(each.sampled_tokens for each in engines),
         )
+
+    def usage_lines(self) -> list[str]:
+        """What each engine used, for a person: `sampler: requests 120, asked again 3 (status 429 3), cost $0.0210`."""
+        return [f"{role}: {_usage_line(found['usage'])}" for role, found in self.counts().items() if "usage" in found]
 
     def _build(self, spec: EngineSpec) -> Engine:
         """Roles that ask for the same engine share it: a model is in memory once."""
@@ -100,6 +111,20 @@ class Engines(Mapping[str, Engine]):
         engine = chosen.build(settings, generator=name, fingerprint=fingerprint)
         self._plain.append((spec, engine))
         return engine
+
+
+def _usage_line(usage: Mapping[str, Any]) -> str:
+    """A mapping of figures as a line; what is zero or empty is left out."""
+    parts = []
+    for name, value in usage.items():
+        if isinstance(value, Mapping) and value:
+            inner = ", ".join(f"{key} {count:,}" for key, count in value.items())
+            parts.append(f"{name.replace('_', ' ')} {sum(value.values()):,} ({inner})")
+        elif value and name.endswith("_usd"):
+            parts.append(f"{name.removesuffix('_usd').replace('_', ' ')} ${value:,.4f}")
+        elif value:
+            parts.append(f"{name.replace('_', ' ')} {value:,}")
+    return ", ".join(parts) or "nothing"
 
 
 def _model(recipe: Recipe, source: Source, kind: Kind | tuple[Kind | None, ...] | None) -> ModelRef:
@@ -156,7 +181,7 @@ def origins(recipe: Recipe, step: Step, inputs: Mapping[str, Table | ModelRef]) 
     return found
 
 
-def engine_origins(recipe: Recipe, step: Step, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Origin]:
+def engine_origins(recipe: Recipe, step: Step, counts: Mapping[str, Mapping[str, Any]]) -> dict[str, Origin]:
     """The model of each engine, what decided its samples, and how many there were, for the manifest."""
     found = {}
     for role, spec in step.engines.items():

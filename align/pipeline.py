@@ -120,9 +120,13 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
             with Engines(recipe, step, folder / "work", rank) as engines:
                 progress.watch(engines.asked)
                 tools = Tools(step_seed(recipe.seed, step.name), engines, progress, work, folder, step.speed)
-                result = step.stage.run(step.config, inputs, tools)
-                rows = _write_rows(recipe, step, inputs, result, folder) if rank == 0 else None
-                counts = engines.counts()
+                try:
+                    result = step.stage.run(step.config, inputs, tools)
+                    rows = _write_rows(recipe, step, inputs, result, folder) if rank == 0 else None
+                finally:  # what a failed or interrupted attempt has cost is told too
+                    counts = engines.counts()
+                    for line in engines.usage_lines():
+                        progress.say(line)
         if rank == 0 and not step.stage.gives.is_dataset:
             ModelRef.open(folder / "model", step.stage.gives, name=step.name)
             card = _card(recipe, step, inputs, result)

@@ -164,7 +164,8 @@ def _row(answer: _Answer, mode: str, engine: Engine, verdict: Verdict | None) ->
     if completion.finish_reason == "error":
         verdict = Verdict.error(f"not sampled: {completion.error}")
     elif completion.finish_reason == "length":
-        verdict = Verdict.of(False, f"truncated: not finished after {len(completion.token_ids)} tokens")
+        known = f"{len(completion.token_ids)} tokens" if completion.token_ids else "max_tokens"  # not all servers tell
+        verdict = Verdict.of(False, f"truncated: not finished after {known}")
     assert verdict is not None
     return {
         **answer.row,

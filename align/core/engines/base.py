@@ -89,9 +89,10 @@ class Completion:
 
     Attributes:
         text: decoded without special tokens.
-        token_ids: the sampled ids, the end token included where it was sampled.
+        token_ids: the sampled ids, the end token included where it was sampled; empty where the engine can't know them
+            (a server that doesn't tell: `gives_token_ids` of that engine is False).
         finish_reason: stop (end token or stop text), length (max_tokens reached), error (nothing came back).
-        logprobs: one per token id, nats, when asked for.
+        logprobs: one per sampled token, nats, when asked for.
         error: why, when finish_reason is error.
     """
 
