@@ -10,7 +10,7 @@ from align.core.engines.base import Engine
 
 
 class RaySettings(BaseModel):
-    """Workers of a Ray cluster that sample in the place of this process; where a sample is made changes nothing in it."""
+    """Workers of a Ray cluster that sample in this process's place; where a sample is made changes nothing in it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 

@@ -75,8 +75,8 @@ class VllmEngine:
             from vllm import LLM
         except ImportError as problem:
             raise EngineError(
-                f"the engine 'vllm' needs vLLM, which can't be imported ({problem}); pip install 'align-toolkit[vllm]', "
-                "in an environment of its own since vLLM brings its own torch"
+                f"the engine 'vllm' needs vLLM, which can't be imported ({problem}); pip install "
+                "'align-toolkit[vllm]', in an environment of its own since vLLM brings its own torch"
             ) from problem
         self.max_in_flight = max_in_flight
         self.sleep_mode = sleep_mode
@@ -104,12 +104,14 @@ class VllmEngine:
                     enable_prefix_caching=True,
                     enable_sleep_mode=sleep_mode,
                     logprobs_mode="raw_logprobs",
+                    # One backend, and no endless white space, which a grammar of JSON otherwise allows.
+                    structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
                 )
             except (ValueError, RuntimeError, OSError, AssertionError, NotImplementedError) as problem:
                 first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
                 raise EngineError(
-                    f"{self._generator}: vLLM can't start with this model: {first}; what it printed above says more. Too "
-                    "little GPU memory: lower max_context or gpu_memory, or raise tensor_parallel"
+                    f"{self._generator}: vLLM can't start with this model: {first}; what it printed above says more. "
+                    "Too little GPU memory: lower max_context or gpu_memory, or raise tensor_parallel"
                 ) from problem
         config = self.llm.llm_engine.model_config
         self.max_context: int = config.max_model_len
@@ -322,8 +324,8 @@ class VllmEngine:
 
     def _stopped(self, problem: Exception) -> EngineError:
         return EngineError(
-            f"{self._generator}: vLLM stopped: {problem}; what it printed above says why. What was sampled is kept: run "
-            "the same command again"
+            f"{self._generator}: vLLM stopped: {problem}; what it printed above says why. What was sampled is kept: "
+            "run the same command again"
         )
 
     def _completion(self, done: Any, params: SamplingParams) -> Completion:
