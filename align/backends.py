@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from align.core.engines.base import Engine
-from align.core.engines.build import EngineSettings, build_engine
+from align.core.engines.build import EngineSettings, VllmSettings, build_engine, build_vllm
 from align.core.engines.openai_settings import OpenAISettings, build_openai
 from align.core.errors import RecipeError
 from align.stages import nearest
@@ -35,6 +36,16 @@ class Backend:
     build: Callable[..., Engine]
     local: bool = True
 
+    def engine(self, settings: BaseModel, *, generator: str, fingerprint: str | None) -> Engine:
+        """Makes the engine in this process, or on the workers of a Ray cluster where its settings have `ray`."""
+        make = partial(self.build, generator=generator, fingerprint=fingerprint)
+        cluster = getattr(settings, "ray", None)
+        if cluster is None:
+            return make(settings)
+        from align.core.engines.ray_engine import RayEngine
+
+        return RayEngine(make, settings.model_copy(update={"ray": None}), cluster, generator, fingerprint)
+
     def fixed(self, settings: BaseModel) -> dict[str, Any]:
         """The settings that decide what is sampled; the model counts by its content elsewhere."""
         left_out = {"model", *getattr(self.settings, "speed_only", ())}
@@ -43,6 +54,7 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "transformers": Backend(EngineSettings, build_engine),
+    "vllm": Backend(VllmSettings, build_vllm),
     "openai": Backend(OpenAISettings, build_openai, local=False),
 }
 

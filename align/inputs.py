@@ -108,7 +108,7 @@ class Engines(Mapping[str, Engine]):
             model = _model(self._recipe, spec.model, Kind.MODEL)
             settings = settings.model_copy(update={"model": "@".join(filter(None, (model.path, model.revision)))})
             name, fingerprint = model.name, model.fingerprint
-        engine = chosen.build(settings, generator=name, fingerprint=fingerprint)
+        engine = chosen.engine(settings, generator=name, fingerprint=fingerprint)
         self._plain.append((spec, engine))
         return engine
 

@@ -45,7 +45,7 @@ def load_model(path: str, device: torch.device, dtype: str) -> Any:
 
     if dtype not in ("auto", *_DTYPES):
         raise EngineError(f"dtype: found '{dtype}', expected auto, {', '.join(_DTYPES)}")
-    base, revision = _pinned(path)
+    base, revision = pinned(path)
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     wanted = torch.float32 if dtype == "auto" and device.type == "cpu" else _DTYPES.get(dtype, "auto")
     remedy = "give a folder made by save_pretrained, or the id of a model on the Hub"
@@ -91,7 +91,7 @@ def load_tokenizer(path: str) -> Any:
             return load_tokenizer(base)
         # transformers would make one with an empty vocabulary from the config alone
         raise ModelError(f"{path}: there is no tokenizer in this folder; {remedy}")
-    name, revision = _pinned(path)
+    name, revision = pinned(path)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError) as problem:
@@ -99,7 +99,7 @@ def load_tokenizer(path: str) -> Any:
         raise ModelError(f"{path}: no tokenizer can be loaded from it: {first}; {remedy}") from problem
 
 
-def _pinned(path: str) -> tuple[str, str | None]:
+def pinned(path: str) -> tuple[str, str | None]:
     """A folder or Hub id, and the revision of an `id@revision`."""
     name, _, revision = (path, "", "") if Path(path).exists() else path.partition("@")
     return name, revision or None

@@ -17,6 +17,7 @@ from align.core.engines.scripted import ScriptedEngine
 from align.core.engines.transformers_engine import TransformersEngine
 from tests.core.engines.failing_server import FailingServer
 from tests.core.engines.models import byte_tokenizer, tiny_model
+from tests.core.engines.vllm_real import vllm_once
 
 CHAT: Prompt = [{"role": "user", "content": "Name a colour."}]
 PROMPTS: list[Prompt] = ["one", CHAT, "a rather longer prompt than the others", [72, 73, 74], "two"]
@@ -44,13 +45,14 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "scripted": lambda folder: ScriptedEngine(_words, ahead=3),
     "transformers_quick": lambda folder: TransformersEngine(tiny_model("qwen2"), byte_tokenizer(), slots=6),
     "transformers_generic": lambda folder: TransformersEngine(tiny_model("gemma"), byte_tokenizer(), slots=6),
+    "vllm": vllm_once,
     "cached": lambda folder: CachedEngine(ScriptedEngine(_words, ahead=3), folder / "cache"),
     "openai": lambda folder: ServedEngine("any"),
     "openai_vllm": lambda folder: ServedEngine("vllm"),
 }
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "vllm")) for name in ENGINES])
 def engine(request: Any, tmp_path: Path) -> Iterator[Engine]:
     made = ENGINES[request.param](tmp_path)
     yield made
