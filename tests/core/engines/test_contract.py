@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from align.core.engines import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import CachedEngine
@@ -41,10 +42,18 @@ class ServedEngine(OpenAIEngine):
         self._own.close()
 
 
+def _on_a_gpu(folder: Path) -> Engine:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return TransformersEngine(tiny_model("qwen2").cuda(), byte_tokenizer(), slots=6)
+
+
+GPU = ("transformers_gpu", "vllm")
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "scripted": lambda folder: ScriptedEngine(_words, ahead=3),
     "transformers_quick": lambda folder: TransformersEngine(tiny_model("qwen2"), byte_tokenizer(), slots=6),
     "transformers_generic": lambda folder: TransformersEngine(tiny_model("gemma"), byte_tokenizer(), slots=6),
+    "transformers_gpu": _on_a_gpu,
     "vllm": vllm_once,
     "cached": lambda folder: CachedEngine(ScriptedEngine(_words, ahead=3), folder / "cache"),
     "openai": lambda folder: ServedEngine("any"),
@@ -52,7 +61,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
 }
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "vllm")) for name in ENGINES])
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name in GPU)) for name in ENGINES])
 def engine(request: Any, tmp_path: Path) -> Iterator[Engine]:
     made = ENGINES[request.param](tmp_path)
     yield made
