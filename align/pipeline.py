@@ -229,7 +229,7 @@ def _asked(manifest: Manifest) -> str:
     counts = {key: sum(each.get(key, 0) for each in engines) for key in ("sampled", "reused", "failed", "damaged")}
     parts = [f"{counts['sampled']} completions sampled, {counts['reused']} from the cache"] if counts["reused"] else []
     parts += [f"{counts['failed']} failed to be sampled"] if counts["failed"] else []
-    parts += [f"{counts['damaged']} in the cache were damaged"] if counts["damaged"] else []
+    parts += [f"{counts['damaged']} in the cache damaged"] if counts["damaged"] else []
     return "; " + ", ".join(parts) if parts else ""
 
 
