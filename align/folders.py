@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def check_space(folder: Path) -> None:
         raise RunError(
             f"{folder}: only {free // 2**20} MiB are free on its disk; free some space, or give another folder"
         )
+
+
+def sync(folder: Path) -> None:
+    """Has all files below a folder written to the disk, so that a power cut can't take what counts as done."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def disk_is_full(problem: BaseException, folder: Path) -> bool:

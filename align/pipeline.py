@@ -25,7 +25,7 @@ from align.core.stage import Result, Tools
 from align.core.store import ModelRef, Table
 from align.core.writer import DatasetWriter, disk_errors, replace_file
 from align.fingerprints import fingerprints, step_seed
-from align.folders import check_ours, check_space, disk_is_full, is_step, mark_ours, prepare
+from align.folders import check_ours, check_space, disk_is_full, is_step, mark_ours, prepare, sync
 from align.inputs import Engines, engine_origins, open_inputs, origins
 from align.lock import locked
 from align.plan import Recipe, Step
@@ -132,6 +132,7 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
             card = _card(recipe, step, inputs, result)
             text = model_card_text(card, step.stage.gives, result.summary, versions())
             replace_file(folder / "model" / "README.md", text)
+            sync(folder / "model")
     except AlignError as problem:
         raise type(problem)(f"{step.name}: {problem}") from problem
     except Exception as problem:
@@ -233,7 +234,7 @@ def _asked(manifest: Manifest) -> str:
     counts = {key: sum(each.get(key, 0) for each in engines) for key in ("sampled", "reused", "failed", "damaged")}
     parts = [f"{counts['sampled']} completions sampled, {counts['reused']} from the cache"] if counts["reused"] else []
     parts += [f"{counts['failed']} failed to be sampled"] if counts["failed"] else []
-    parts += [f"{counts['damaged']} in the cache were damaged"] if counts["damaged"] else []
+    parts += [f"{counts['damaged']} in the cache damaged"] if counts["damaged"] else []
     return "; " + ", ".join(parts) if parts else ""
 
 

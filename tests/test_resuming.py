@@ -169,6 +169,20 @@ def test_failures_within_the_limit_are_counted_and_shown(tmp_path: Path) -> None
     }  # fmt: skip
 
 
+def test_what_the_disk_has_spoilt_is_sampled_again_and_told(tmp_path: Path) -> None:
+    file, out = rejecting(tmp_path), tmp_path / "run"
+    (tmp_path / "down").touch()
+    align("run", file, "--out", out, status=2)
+    (tmp_path / "down").unlink()
+    cache = out / "reject" / "work" / "completions-sampler"
+    content = bytearray(cache.read_bytes())
+    content[-1] ^= 1  # in the body of the last of 136 records
+    cache.write_bytes(content)
+    again = align("run", file, "--out", out)
+    assert "; 105 completions sampled, 135 from the cache, 1 in the cache damaged" in again
+    assert engine(out)["damaged"] == 1
+
+
 def engine(out: Path) -> dict[str, Any]:
     manifest = Manifest.read(out / "reject")
     assert manifest is not None
