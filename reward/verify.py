@@ -54,12 +54,12 @@ class VerifyConfig(JudgedConfig):
 def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives every row with its verdict; the summary counts verdicts by task and says how code was isolated."""
     summary: dict[str, Any] = {"verdicts": {}}
-    rows = _verified(config, tools, summary)
+    parts = locate(config.data, None, None, None)
+    rows = _verified(config, parts, tools, summary)
     return Result(judged(rows, config, tools, summary), summary, lenient=True)
 
 
-def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
-    parts = locate(config.data, None, None, None)
+def _verified(config: VerifyConfig, parts: Sequence[Part], tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     counts: dict[str, Counter[str]] = {}
     passed = 0
     tools.progress.start(sum(part.count() for part in parts), "rows")
@@ -89,8 +89,11 @@ def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> It
         summary["verdicts"] = {task: dict(of_task) for task, of_task in sorted(counts.items())}
         if verifiers.sandbox_report:
             summary["sandbox"] = verifiers.sandbox_report
-        if verifiers.formulas_report:
-            summary["formulas"] = verifiers.formulas_report
+        if formulas := verifiers.formulas_report:
+            summary["formulas"] = formulas
+            if formulas["undecided"]:
+                hint = f": {formulas['hint']}" if "hint" in formulas else ""
+                tools.progress.say(f"{formulas['undecided']} pairs of formulas could not be compared{hint}")
 
 
 def _rows(parts: Sequence[Part]) -> Iterator[tuple[Row, Any, str | None]]:
