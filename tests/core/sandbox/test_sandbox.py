@@ -283,6 +283,24 @@ def test_nine_kills_of_workers_among_250_executions_cost_no_verdict_and_no_two_s
     assert journal["troubles"]
 
 
+def test_an_execution_that_can_not_be_confined_is_the_machines_failure_and_says_why() -> None:
+    slot_or_skip(4).close()
+    slot = Slot(4, Limits(memory_mb=1 << 60))  # more than the limit can be told
+    try:
+        for ask in (
+            lambda: slot.call("def f(): pass", [("f", (), {})]),
+            lambda: slot.check("def f(): pass", ["f()"]),
+            lambda: slot.program("print(1)", b""),
+        ):
+            with pytest.raises(Trouble, match="could not be set up: .*int too"):
+                ask()
+        assert slot.journal.given_up == 3
+        assert slot.journal.repeated == 3 * 2
+        assert slot.journal.replaced == 0
+    finally:
+        slot.close()
+
+
 def test_nothing_is_left_behind() -> None:
     running = set(sandbox_processes())
     before = (Path("/proc/self/mountinfo").read_text(), _names("/tmp"), _names("/proc/self/fd"))
