@@ -113,10 +113,13 @@ class Workshop(Zygote):
         self, argv: Sequence[str], stdin: int, limits: Limits, data_bytes: int, address_bytes: int, compiles: bool,
         keep: int = KEPT_OUTPUT, attempts: Mapping[str, Any] | None = None,
     ) -> Ran:  # fmt: skip
-        home = {"HOME": "/build", "TMPDIR": "/build"} if compiles else {"HOME": "/tmp", "TMPDIR": "/tmp"}
+        folder = "/build" if compiles else "/tmp"
+        environment = {"LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, **self.toolchain.environment}
+        if self.plan and not compiles:
+            environment.update(self.plan.environment)
         settings: dict[str, Any] = {
             "compiles": compiles, "cpu_s": limits.cpu_s, "data_bytes": data_bytes, "address_bytes": address_bytes,
-            "argv": list(argv), "environment": {"LANG": "C.UTF-8", **home, **self.toolchain.environment},
+            "argv": list(argv), "environment": environment,
         }  # fmt: skip
         if attempts:
             settings["attacks"] = attempts

@@ -38,11 +38,13 @@ class MissingToolchain(SandboxError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Plan:
-    """How one program is built and run: its file's name, and the commands, which start in `BUILD` and in `/tmp`."""
+    """How one program is built and run: its file's name, the commands, which start in `BUILD` and in `/tmp`, and
+    variables for the second."""
 
     file: str
     compile: tuple[str, ...]
     run: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,9 @@ def _go(toolchains: Toolchains) -> Toolchain:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
     def plan(source: str, memory_mb: int) -> Plan:
-        return Plan("main.go", (*build, "program", "main.go"), (f"{BUILD}/program",))
+        # Else the collector lets garbage grow to twice what is in use before it looks.
+        limited = {"GOMEMLIMIT": f"{memory_mb}MiB"}
+        return Plan("main.go", (*build, "program", "main.go"), (f"{BUILD}/program",), limited)
 
     shown = [
         root,

@@ -211,7 +211,7 @@ def _confine(settings: dict[str, Any]) -> None:
         (resource.RLIMIT_FSIZE, BUILD_BYTES if compiles else isolation.SCRATCH_BYTES),
         (resource.RLIMIT_NOFILE, DESCRIPTORS),
         (resource.RLIMIT_STACK, STACK_BYTES),
-        (resource.RLIMIT_NPROC, PROCESSES),
+        *([(resource.RLIMIT_NPROC, PROCESSES)] if _counts_by_namespace() else []),
         (resource.RLIMIT_DATA, settings["data_bytes"]),
         (resource.RLIMIT_AS, settings["address_bytes"]),
     ):
@@ -224,6 +224,11 @@ def _confine(settings: dict[str, Any]) -> None:
         seccomp.install(libc, program_calls.program(platform.machine(), forks=compiles))
     except OSError as error:
         raise Refused("seccomp filter", error.errno or 0) from None
+
+
+def _counts_by_namespace() -> bool:
+    """Whether the kernel counts a user's processes in this namespace alone, not all that the user has (Linux 5.14)."""
+    return tuple(int(x) for x in os.uname().release.split(".")[:2] if x.isdigit()) >= (5, 14)
 
 
 def _attack(attacks: dict[str, Any]) -> None:
