@@ -101,7 +101,7 @@ class Journal:
         for journal in journals:
             for name in total:
                 total[name] += list(journal.troubles) if name == "troubles" else getattr(journal, name)
-        return total
+        return total | {"troubles": total["troubles"][-5:]}
 
 
 class Slot:
@@ -188,7 +188,7 @@ class Slot:
         def once() -> Checked:
             line, far = self._pair()
             channel, theirs = self._pair()
-            with closing(line), closing(channel):
+            with closing(line), closing(channel), far, theirs:
                 runner = self._spawn("runner", far)
                 self._send(line, solving)
                 checker = self._spawn("checker", theirs, {4: line.fileno()})
@@ -214,18 +214,12 @@ class Slot:
         def once() -> Output:
             channel, theirs = self._pair(LIGHT_BYTES)
             reading, writing = os.pipe()
-            try:
-                try:
-                    with _input(stdin) as file:
-                        child = self._spawn("runner", theirs, {0: file.fileno(), 1: writing})
-                finally:
-                    os.close(writing)
+            with closing(channel), theirs, os.fdopen(reading, "rb", 0):
+                with os.fdopen(writing, "wb", 0), _input(stdin) as file:
+                    child = self._spawn("runner", theirs, {0: file.fileno(), 1: writing})
+                self._send(channel, job)
                 output = _Drain(reading, keep)
-                with closing(channel):
-                    self._send(channel, job)
-                    frames, timeout = self._listen(channel, [child], 1, (), output)
-            finally:
-                os.close(reading)
+                frames, timeout = self._listen(channel, [child], 1, (), output)
             last = frames[-1] if frames else {}
             raised = last.get("raised") if isinstance(last.get("raised"), dict) else None
             ended = "" if last.get("end") == 0 or raised else child.how()
@@ -247,7 +241,7 @@ class Slot:
         self.zygotes.clear()
 
     def _tries(self, once: Callable[[], T]) -> T:
-        """Do it, and again with new zygotes where the machinery failed, `TRIES` times in all."""
+        """Do it, and again where the machinery failed, `TRIES` times in all."""
         for left in reversed(range(TRIES)):
             if self.closed:
                 raise Closed("the sandbox is closed")
@@ -256,8 +250,7 @@ class Slot:
                 self.journal.executions += 1
                 return found
             except Trouble as trouble:
-                self.journal.replaced += len(self.zygotes)
-                self._drop()
+                self._mend()
                 if not self.closed:
                     self.journal.troubles.append(str(trouble))
                     self.journal.repeated += bool(left)
@@ -268,6 +261,14 @@ class Slot:
                 self._drop()
                 raise
         raise Closed("the sandbox was closed during an execution")
+
+    def _mend(self) -> None:
+        """End what is left of an execution; zygotes that can't go on are ended too, and replaced when needed."""
+        for name, zygote in list(self.zygotes.items()):
+            if not zygote.rid():
+                zygote.close()
+                del self.zygotes[name]
+                self.journal.replaced += 1
 
     def _drop(self) -> None:
         for zygote in self.zygotes.values():

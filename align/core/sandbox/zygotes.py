@@ -18,6 +18,7 @@ from align.core.sandbox import bubblewrap
 from align.core.sandbox.inside import Refused
 
 START_TIMEOUT_S = 60.0
+MEND_TIMEOUT_S = 5.0
 
 _BOOT = """
 import sys, types
@@ -101,6 +102,7 @@ class Zygote:
                 stderr=subprocess.PIPE,
             )
         self.lines = b""
+        self.busy = False
         self.control.settimeout(START_TIMEOUT_S)
         try:
             while (message := self.report()) is None:
@@ -132,6 +134,7 @@ class Zygote:
             return None
         line, self.lines = self.lines.split(b"\n", 1)
         message: dict[str, Any] = json.loads(line)
+        self.busy = self.busy and "ended" not in message
         return message
 
     def spawn(self, limits: Limits, descriptors: Mapping[int, int]) -> None:
@@ -142,6 +145,27 @@ class Zygote:
             socket.send_fds(self.control, [json.dumps({"spawn": child}).encode() + b"\n"], list(descriptors.values()))
         except OSError as error:
             raise Trouble(f"the sandbox's interpreter is gone: {error}") from None
+        self.busy = True
+
+    def rid(self) -> bool:
+        """Have its child ended, if it has one; whether it answers, and so can go on."""
+        if self.process.poll() is not None:
+            return False
+        try:
+            if self.busy:
+                self.kill()
+            while self.busy:
+                self.control.settimeout(MEND_TIMEOUT_S)
+                if not self.fill():
+                    return False
+                while self.report() is not None:
+                    pass
+            self.control.setblocking(False)
+            return self.fill()  # only its end can be there to read
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def kill(self) -> None:
         """Have it kill its child."""

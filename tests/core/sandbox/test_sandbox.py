@@ -275,7 +275,8 @@ def test_nine_kills_of_workers_among_250_executions_cost_no_verdict_and_no_two_s
         journal = sandbox.report["journal"]
     assert killed == 9
     assert [verdict for verdict, _ in found] == ["failed" if i % 3 == 1 else "passed" for i in range(250)]
-    assert max(seconds for _, seconds in found) < 2
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others at work here slow every start of a worker
+    assert max(seconds for _, seconds in found) < 2 * busy
     assert (journal["executions"], journal["given_up"]) == (250, 0)
     assert 1 <= journal["repeated"] <= 9
     assert journal["troubles"]
