@@ -95,6 +95,7 @@ def _rows(
             tally = Tally(n)
             for row in _graded(config, prompts, mode, n, params, tools.engines["policy"], verifiers):
                 tally.add(row)
+                row["sandbox_level"] = verifiers.sandbox_level if row["task"] == "code" else None
                 tools.progress.advance(passed=sum(tally.passed.values()))
                 yield row
             scores[mode] = tally.scores()
@@ -209,5 +210,5 @@ STAGE = Stage(
     gives=Kind.COMPLETIONS,
     run=run,
     engines={"policy": "the model to evaluate"},
-    adds=("mode", "finish_reason", "rendered_prompt"),
+    adds=("mode", "finish_reason", "rendered_prompt", "sandbox_level"),
 )

@@ -84,6 +84,11 @@ def test_rows_of_all_shapes_get_their_verdicts_in_order(tmp_path: Path) -> None:
     assert "71" in rows[1]["detail"] and "72" in rows[1]["detail"]
     assert summary["verdicts"]["math"] == {"passed": 3, "failed": 1}
     assert summary["sandbox"]["level"] >= 2
+    assert [row["sandbox_level"] for row in rows] == [
+        summary["sandbox"]["level"] if i in (4, 5) else None for i in range(7)
+    ]
+    assert summary["sandbox"]["journal"]["executions"] == 2
+    assert summary["sandbox"]["journal"]["timeouts"] == 1
     assert set(COLUMNS[Kind.COMPLETIONS]) <= set(rows[0])
 
 

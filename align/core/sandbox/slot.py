@@ -196,8 +196,6 @@ class Slot:
                 self._send(channel, testing)
                 frames, timeout = self._listen(channel, [checker, runner], 1, ("passed", "failed", "opaque", "broken"))
             last = frames[-1] if frames else {}
-            if "refused" in last:
-                raise Trouble(f"the sandbox could not be set up: {last['refused']}")
             return Checked(last, timeout, "" if last else f"the tests' process: {checker.how()}")
 
         return self._tries(once)
@@ -341,8 +339,6 @@ class Slot:
             if channel.fileno() in ready and open_:
                 open_ = channel.fill()
                 for frame in _frames(channel):
-                    if "refused" in frame and not frames:
-                        raise Trouble(f"an execution could not be set up: {frame['refused']}")
                     frames.append(frame if len(frames) < most else {"breach": "more answers than there were questions"})
                     if any(word in frame for word in (*final, "breach", "heavy")) or len(frames) > most:
                         open_ = False
@@ -355,6 +351,9 @@ class Slot:
                     if child.status is not None:
                         poll.unregister(child.zygote.control)
         self._finish(children, 0 if timeout else END_PATIENCE_S)
+        for child in children:
+            if child.refused:
+                raise Trouble(f"an execution could not be set up: {child.refused}")
         done = bool(frames) and any(word in frames[-1] for word in final)
         if not done and any(child.out_of_cpu(self.limits) for child in children):
             timeout = f"{self.limits.cpu_s:g} s of CPU"
@@ -369,6 +368,7 @@ class Slot:
             raise Trouble("the sandbox's interpreter is gone")
         while (message := child.zygote.report()) is not None:
             child.status, child.over, child.cpu_s = message["ended"], message["over"], message["cpu_s"]
+            child.refused = message["refused"] or ""
 
     def _finish(self, children: list[Child], patience_s: float) -> None:
         """See every child dead: none outlives its execution, but the first has a moment to end by itself."""

@@ -200,6 +200,7 @@ class Child:
     over: bool = False
     cpu_s: float = 0.0
     killed: bool = False
+    refused: str = ""
 
     def how(self) -> str:
         """For a person: the exit status or the signal."""

@@ -384,6 +384,7 @@ _FORGERY = {
     "says that it is the end": LOOT + "import os\ndef f(x):\n    tell({'end': 2}, {'end': 1}, {'passed': 2})\n    os._exit(0)",
     "says that all is true": LOOT + "import os\ntell({'value': True}, {'value': True, 'end': 2})\nos._exit(0)",
     "says nothing that is true": LOOT + "import os\ntell({'value': None, 'end': 2}, {'passed': 2, 'opaque': ''})\nos._exit(0)",
+    "says that it could not start": LOOT + "import os\ntell({'refused': ['mount', 1]})\nos._exit(3)",
     "says too much": LOOT + "tell(*[{'value': 4}, {'value': 9}] * 50)\ndef f(x): return 0",
     "says it in a thread": LOOT + "import threading\ndef spam():\n    while True: tell({'value': True, 'end': 2})\nthreading.Thread(target=spam, daemon=True).start()\ndef f(x): return 0",
     "says strange things": LOOT + "tell({'raised': [[[]]], 'in': {}}, {'raised': 7}, {'missing': {}}, {'value': {'date': ['1234']}}, {'opaque': 1})\ndef f(x): return 0",

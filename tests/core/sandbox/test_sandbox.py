@@ -28,6 +28,7 @@ from align.core.sandbox.inside.isolation import DESCRIPTORS, SCRATCH_BYTES, SCRA
 from align.core.sandbox.slot import KEPT_OUTPUT, LIGHT_HASHED, MAX_OUTPUT, TRIES
 from align.core.sandbox.zygotes import Refusal, Zygote
 from reward.code_tests import _verify
+from reward.verifiers import Verifiers
 from tests.core.sandbox.hostile import HOSTILE
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
 
@@ -282,6 +283,24 @@ def test_nine_kills_of_workers_among_250_executions_cost_no_verdict_and_no_two_s
     assert journal["troubles"]
 
 
+def test_an_execution_that_can_not_be_confined_is_the_machines_failure_and_says_why() -> None:
+    slot_or_skip(4).close()
+    slot = Slot(4, Limits(memory_mb=1 << 60))  # more than the limit can be told
+    try:
+        for ask in (
+            lambda: slot.call("def f(): pass", [("f", (), {})]),
+            lambda: slot.check("def f(): pass", ["f()"]),
+            lambda: slot.program("print(1)", b""),
+        ):
+            with pytest.raises(Trouble, match="could not be set up: .*int too"):
+                ask()
+        assert slot.journal.given_up == 3
+        assert slot.journal.repeated == 3 * 2
+        assert slot.journal.replaced == 0
+    finally:
+        slot.close()
+
+
 def test_nothing_is_left_behind() -> None:
     running = set(sandbox_processes())
     before = (Path("/proc/self/mountinfo").read_text(), _names("/tmp"), _names("/proc/self/fd"))
@@ -366,6 +385,27 @@ def _runs(pid: int) -> bool:
         return b"align.core.sandbox" in Path("/proc", str(pid), "cmdline").read_bytes()
     except OSError:
         return False
+
+
+def test_what_keeps_the_level_low_is_told_at_the_start_and_kept_for_the_manifest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("align.core.sandbox._probe", lambda slot: ["clone: EPERM"] if slot.level > 1 else [])
+    said: list[str] = []
+    with Verifiers({"workers": 2, "accept": "allow_degraded"}, said.append) as verifiers:
+        assert (said, verifiers.sandbox_level, verifiers.sandbox_report) == ([], None, None)
+        verdict = verifiers.verify("code", "def f(x): return x", {"tests": ["assert f(1) == 1"]})
+        report = verifiers.sandbox_report
+        assert verifiers.sandbox_level == 1
+    assert report is not None
+    assert verdict.verdict == ("passed" if os.geteuid() == 0 else "error")
+    assert said[0] == "sandbox: level 1 (another user id and seccomp), 2 workers"
+    assert said[1:4] == [f"sandbox: not reached: level {n}: clone: EPERM" for n in (4, 3, 2)]
+    assert said[4] == "sandbox: unprotected: files that every user may read can be read"
+    assert "user.max_user_namespaces" in said[-1]
+    assert report["failed_probes"] == [f"level {n}: clone: EPERM" for n in (4, 3, 2)]
+    assert report["remedy"] in said[-1]
+    assert report["unprotected"][0] == "files that every user may read can be read"
 
 
 def test_closing_twice_or_using_it_closed_is_said_clearly() -> None:

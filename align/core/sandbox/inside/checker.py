@@ -52,9 +52,6 @@ def run(channel: Channel, line: Channel, job: dict[str, Any]) -> None:
     if first is None:
         channel.send({"lost": "it ended while loading", "test": 0})
         return
-    if "refused" in first:
-        channel.send({"refused": first["refused"]})
-        return
     if "loaded" not in first:
         channel.send({"failed": 0, "raised": first.get("raised"), "in": first.get("in")})
         return

@@ -3,13 +3,15 @@
 It never sees a solution, a test or a value: those pass between its children and the broker over sockets of their own.
 Protocol of the control socket, one JSON object a line: the zygote says `{"ready": …}` or `{"refused": …}` once; the
 broker sends `{"spawn": limits}` with the child's descriptors, and perhaps `{"kill": true}`; the zygote answers each
-spawn with `{"ended": status, "over": whether it used up its CPU time, "cpu_s": …}`.
+spawn with `{"ended": status, "over": whether it used up its CPU time, "cpu_s": …, "refused": why the child could not be
+confined, or null}`.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -55,11 +57,8 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
     for name in WARM:
         with contextlib.suppress(ImportError):
             __import__(name)
-    for name in (
-        "LD_LIBRARY_PATH",
-        "PWD",
-    ):  # the first was to start with; the second is bubblewrap's
-        os.environ.pop(name, None)
+    os.environ.pop("LD_LIBRARY_PATH", None)  # the interpreter may have needed it to start
+    os.environ.pop("PWD", None)  # set by bubblewrap
     in_use = isolation.memory_in_use()
     try:
         isolation.enter(level)
@@ -77,7 +76,7 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
     gc.freeze()
     _say(control, {"ready": os.getpid()})
     lines = b""
-    child, cpu_limit, over = 0, 0.0, False
+    child, refusal, cpu_limit, over = 0, -1, 0.0, False
     while True:
         descriptors: list[int] = []
         patience = None
@@ -102,7 +101,7 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
             line, lines = lines.split(b"\n", 1)
             request = json.loads(line)
             if "spawn" in request:
-                child = _spawn(check, level, request["spawn"], in_use, descriptors)
+                child, refusal = _spawn(check, level, request["spawn"], in_use, descriptors)
                 cpu_limit, over = request["spawn"]["cpu_s"], False
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -112,7 +111,10 @@ def main(control_fd: int, level: int, role: str) -> NoReturn:
             pid, status, usage = os.wait4(child, os.WNOHANG)
             if pid:
                 child = 0
-                _say(control, {"ended": status, "over": over, "cpu_s": usage.ru_utime + usage.ru_stime})
+                why = os.read(refusal, 4096).decode() or None
+                os.close(refusal)
+                used = usage.ru_utime + usage.ru_stime
+                _say(control, {"ended": status, "over": over, "cpu_s": used, "refused": why})
 
 
 def cpu_used(child: int) -> float:
@@ -147,35 +149,47 @@ def _say(control: socket.socket, message: dict[str, Any]) -> None:
         os._exit(0)
 
 
-def _spawn(check: Check | None, level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> int:
+def _spawn(
+    check: Check | None, level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]
+) -> tuple[int, int]:
+    """A child, and where it says why it could not be confined: it closes that before it reads the program, which could
+    otherwise pass its own failure off as the machine's."""
+    reading, writing = os.pipe()
     pid = isolation.fork(level)
     if pid:
-        return pid
+        os.close(writing)
+        return pid, reading
     try:
-        _child(check, level, limits, in_use, descriptors)
+        _child(check, level, limits, in_use, descriptors, writing)
     finally:
         os._exit(1)
 
 
-def _child(check: Check | None, level: int, limits: dict[str, Any], in_use: int, descriptors: list[int]) -> None:
+def _child(
+    check: Check | None, level: int, limits: dict[str, Any], in_use: int, descriptors: list[int], refusal: int
+) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # 0 input, 1 output, 2 errors, 3 the broker, 4 the other child (in tests that use the solution's objects)
-    high = {target: os.dup(d) for target, d in zip(limits["at"], descriptors, strict=True)}
+    first_free = max(limits["at"]) + 2
+    wanted = dict(zip(limits["at"], descriptors, strict=True)) | {first_free - 1: refusal}
+    high = {target: fcntl.fcntl(d, fcntl.F_DUPFD, first_free) for target, d in wanted.items()}
     null = os.open(os.devnull, os.O_RDWR)  # the one inside, whose mount is read-only
-    for target in range(max(high) + 1):
+    for target in range(first_free):
         os.dup2(high.get(target, null), target, inheritable=False)
         if target >= 3:
             os.set_blocking(target, True)
-    os.closerange(max(high) + 1, 1024)
-    channel = Channel(Descriptor(3))
+    os.closerange(first_free, 1024)
+    refusal = first_free - 1
     try:
         isolation.confine(level, limits["cpu_s"], in_use + limits["memory_bytes"])
-        job = channel.receive()
     except Exception as error:
-        channel.send({"refused": error.args if isinstance(error, Refused) else repr(error)})
+        os.write(refusal, (": ".join(map(str, error.args)) or repr(error)).encode())
         os._exit(3)
+    os.close(refusal)
+    channel = Channel(Descriptor(3))
+    job = channel.receive()
     if job is None:
         os._exit(4)
     if check is not None:
