@@ -311,6 +311,19 @@ def test_a_missing_toolchain_is_an_error_that_says_what_to_install(
     assert "install" in found.detail
 
 
+def test_a_toolchain_that_does_not_work_is_an_error_and_not_held_against_programs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A compiler that always fails."""
+    slot_or_skip(4).close()
+    shutil.copy(shutil.which("false") or "/bin/false", tmp_path / "g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with CodeVerifier(1) as verifier:
+        found = list(verifier.verify_many([(SUM["cpp"], {"io": IO, "language": "cpp"})] * 2))
+    assert [v.verdict for v in found] == ["error", "error"]
+    assert found[0].detail.startswith("language 'cpp': the toolchain (unknown) can't build and run a trivial program")
+
+
 @pytest.fixture(params=LANGUAGES)
 def language_name(request: pytest.FixtureRequest) -> str:
     slot_or_skip(4).close()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from align.core.sandbox.attacks import CODE, attacks, described, foreign
 from align.core.sandbox.slot import KEPT_OUTPUT, MAX_OUTPUT, REPORT_TIMEOUT_S, Closed, Slot, _Drain
-from align.core.sandbox.toolchains import Plan, Toolchain
+from align.core.sandbox.toolchains import MissingToolchain, Plan, Toolchain
 from align.core.sandbox.zygotes import Child, Limits, Refusal, Trouble, Zygote
 
 T = TypeVar("T")
@@ -76,6 +76,29 @@ class Workshop(Zygote):
         except BaseException:
             self.close()
             raise
+
+    def prove(self) -> None:
+        """Find out whether the toolchain works here, if nobody has.
+
+        Raises:
+            MissingToolchain: it does not, and how that showed.
+        """
+        toolchain = self.toolchain
+        with toolchain.proof.lock:
+            if toolchain.proof.problem is None:
+                limits = Limits(cpu_s=COMPILING.cpu_s, wall_s=COMPILING.wall_s, memory_mb=512)
+                self.begin(toolchain.proof.program, limits.memory_mb)
+                ran = self.compile(COMPILING)
+                if not ran.ended:
+                    ran = self.run(b"", limits)
+                works = not ran.ended and ran.output == b"ok"
+                said = (ran.errors or ran.output).decode("utf-8", "replace").strip()[:200]
+                toolchain.proof.problem = "" if works else said or ran.timeout or ran.ended or "it writes nothing"
+        if toolchain.proof.problem:
+            raise MissingToolchain(
+                f"language {toolchain.language!r}: the toolchain ({toolchain.version}) can't build and run a trivial "
+                f"program in the sandbox: {toolchain.proof.problem}; install it anew, or another one"
+            )
 
     def begin(self, source: str, memory_mb: int) -> None:
         """Take a program in; the one before is forgotten."""
@@ -215,7 +238,8 @@ def in_workshop(slot: Slot, toolchain: Toolchain, work: Callable[[Workshop], T])
     machinery failed (`_tries`).
 
     Raises:
-        Trouble: it failed every time.
+        MissingToolchain: the toolchain does not work here.
+        Trouble: the machinery failed every time.
     """
 
     def once() -> T:
@@ -230,6 +254,7 @@ def in_workshop(slot: Slot, toolchain: Toolchain, work: Callable[[Workshop], T])
             if slot.closed:
                 raise Closed("the sandbox is closed")
         try:
+            workshop.prove()
             return work(workshop)
         finally:
             with contextlib.suppress(Trouble):

@@ -79,7 +79,7 @@ class _Workshop:
         self.child, self.cpu_limit, self.over, self.refusal = 0, 0.0, False, -1
 
     def serve(self) -> NoReturn:
-        lines = b""
+        lines, held = b"", list[int]()
         while True:
             patience = None
             if self.child:
@@ -97,11 +97,12 @@ class _Workshop:
                 if not data:
                     os._exit(0)  # as process 1 of the namespace, which ends everything in it
                 lines += data
+                held += descriptors
                 while b"\n" in lines:
                     line, lines = lines.split(b"\n", 1)
-                    self.take(json.loads(line), descriptors)
-                for descriptor in descriptors:
-                    os.close(descriptor)
+                    self.take(json.loads(line), held)
+                    while held:
+                        os.close(held.pop())
             if self.child:
                 pid, status, usage = os.wait4(self.child, os.WNOHANG)
                 if pid:
