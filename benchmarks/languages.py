@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=5)
     parser.add_argument("--out", type=Path)
     settings = parser.parse_args()
+    load = os.getloadavg()[0]
     found: dict[str, dict[str, float]] = {}
     missing, versions = {}, {}
     with Toolchains() as toolchains:
@@ -151,6 +152,7 @@ def main() -> None:
         "machine": {
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
             "cores": os.cpu_count(),
+            "load": round(load, 2),
             "python": platform.python_version(),
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -61,10 +61,6 @@ def verify_program(
             f"language {language!r}: its programs need level {LEVEL} of the sandbox (namespaces of their own), and "
             f"this machine's sandbox has level {slot.level}; only Python runs there"
         )
-    try:
-        toolchain = toolchains.find(language)
-    except MissingToolchain as missing:
-        return Verdict.error(line(str(missing)))
 
     def judged(workshop: Workshop) -> Verdict:
         workshop.begin(code, slot.limits.memory_mb)
@@ -89,7 +85,10 @@ def verify_program(
                 return Verdict.of(False, line(f"input {number}: {problem}"))
         return Verdict.of(True, f"{len(cases)} inputs passed")
 
-    return in_workshop(slot, toolchain, judged)
+    try:
+        return in_workshop(slot, toolchains.find(language), judged)
+    except MissingToolchain as missing:
+        return Verdict.error(line(str(missing)))
 
 
 def wrong_output(output: bytes, cut: bool, expected: str) -> str:

@@ -239,10 +239,11 @@ def descendants(parent: int) -> list[int]:
     return found[1:]
 
 
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slot_or_skip(4).close()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mounts, null = Path("/proc/self/mounts").read_text(), Path("/dev/null").stat()
-    before = set(descendants(os.getpid())), set(Path(tempfile.gettempdir()).iterdir())
+    before = set(descendants(os.getpid()))
     with CodeVerifier(2, cpu_s=1.0, wall_s=1.0) as verifier:
         need(verifier, "cpp")
         leaving = (
@@ -251,8 +252,10 @@ def test_nothing_is_left_behind() -> None:
         pairs = [(SUM["cpp"], {"io": IO, "language": "cpp"}), (leaving, {"io": IO, "language": "cpp"})] * 2
         found = [v.detail for v in verifier.verify_many(pairs)]
         assert found == ["2 inputs passed", "timeout: more than 1 s of time on input 1"] * 2
-        assert len(set(descendants(os.getpid())) - before[0]) >= 2 * 2 + 1
-    assert (set(descendants(os.getpid())), set(Path(tempfile.gettempdir()).iterdir())) == before
+        assert len(set(descendants(os.getpid())) - before) >= 2 * 2 + 1
+        assert list(tmp_path.iterdir()) != []
+    assert set(descendants(os.getpid())) == before
+    assert list(tmp_path.iterdir()) == []
     assert Path("/proc/self/mounts").read_text() == mounts
     assert (Path("/dev/null").stat().st_mode, Path("/dev/null").stat().st_rdev) == (null.st_mode, null.st_rdev)
 
@@ -306,6 +309,19 @@ def test_a_missing_toolchain_is_an_error_that_says_what_to_install(
     assert (found.verdict, found.reward, python.verdict) == ("error", None, "passed")
     assert found.detail.startswith(f"language {language_name!r}: `")
     assert "install" in found.detail
+
+
+def test_a_toolchain_that_does_not_work_is_an_error_and_not_held_against_programs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A compiler that always fails."""
+    slot_or_skip(4).close()
+    shutil.copy(shutil.which("false") or "/bin/false", tmp_path / "g++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with CodeVerifier(1) as verifier:
+        found = list(verifier.verify_many([(SUM["cpp"], {"io": IO, "language": "cpp"})] * 2))
+    assert [v.verdict for v in found] == ["error", "error"]
+    assert found[0].detail.startswith("language 'cpp': the toolchain (unknown) can't build and run a trivial program")
 
 
 @pytest.fixture(params=LANGUAGES)

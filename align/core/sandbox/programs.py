@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from align.core.sandbox.attacks import CODE, attacks, described, foreign
 from align.core.sandbox.slot import KEPT_OUTPUT, MAX_OUTPUT, REPORT_TIMEOUT_S, Closed, Slot, _Drain
-from align.core.sandbox.toolchains import Plan, Toolchain
+from align.core.sandbox.toolchains import MissingToolchain, Plan, Toolchain
 from align.core.sandbox.zygotes import Child, Limits, Refusal, Trouble, Zygote
 
 T = TypeVar("T")
@@ -77,6 +77,29 @@ class Workshop(Zygote):
             self.close()
             raise
 
+    def prove(self) -> None:
+        """Find out whether the toolchain works here, if nobody has.
+
+        Raises:
+            MissingToolchain: it does not, and how that showed.
+        """
+        toolchain = self.toolchain
+        with toolchain.proof.lock:
+            if toolchain.proof.problem is None:
+                limits = Limits(cpu_s=COMPILING.cpu_s, wall_s=COMPILING.wall_s, memory_mb=512)
+                self.begin(toolchain.proof.program, limits.memory_mb)
+                ran = self.compile(COMPILING)
+                if not ran.ended:
+                    ran = self.run(b"", limits)
+                works = not ran.ended and ran.output == b"ok"
+                said = (ran.errors or ran.output).decode("utf-8", "replace").strip()[:200]
+                toolchain.proof.problem = "" if works else said or ran.timeout or ran.ended or "it writes nothing"
+        if toolchain.proof.problem:
+            raise MissingToolchain(
+                f"language {toolchain.language!r}: the toolchain ({toolchain.version}) can't build and run a trivial "
+                f"program in the sandbox: {toolchain.proof.problem}; install it anew, or another one"
+            )
+
     def begin(self, source: str, memory_mb: int) -> None:
         """Take a program in; the one before is forgotten."""
         self.toolchain.ready(source)
@@ -113,10 +136,13 @@ class Workshop(Zygote):
         self, argv: Sequence[str], stdin: int, limits: Limits, data_bytes: int, address_bytes: int, compiles: bool,
         keep: int = KEPT_OUTPUT, attempts: Mapping[str, Any] | None = None,
     ) -> Ran:  # fmt: skip
-        home = {"HOME": "/build", "TMPDIR": "/build"} if compiles else {"HOME": "/tmp", "TMPDIR": "/tmp"}
+        folder = "/build" if compiles else "/tmp"
+        environment = {"LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, **self.toolchain.environment}
+        if self.plan and not compiles:
+            environment.update(self.plan.environment)
         settings: dict[str, Any] = {
             "compiles": compiles, "cpu_s": limits.cpu_s, "data_bytes": data_bytes, "address_bytes": address_bytes,
-            "argv": list(argv), "environment": {"LANG": "C.UTF-8", **home, **self.toolchain.environment},
+            "argv": list(argv), "environment": environment,
         }  # fmt: skip
         if attempts:
             settings["attacks"] = attempts
@@ -212,7 +238,8 @@ def in_workshop(slot: Slot, toolchain: Toolchain, work: Callable[[Workshop], T])
     machinery failed (`_tries`).
 
     Raises:
-        Trouble: it failed every time.
+        MissingToolchain: the toolchain does not work here.
+        Trouble: the machinery failed every time.
     """
 
     def once() -> T:
@@ -227,6 +254,7 @@ def in_workshop(slot: Slot, toolchain: Toolchain, work: Callable[[Workshop], T])
             if slot.closed:
                 raise Closed("the sandbox is closed")
         try:
+            workshop.prove()
             return work(workshop)
         finally:
             with contextlib.suppress(Trouble):

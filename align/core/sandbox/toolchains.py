@@ -38,11 +38,22 @@ class MissingToolchain(SandboxError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Plan:
-    """How one program is built and run: its file's name, and the commands, which start in `BUILD` and in `/tmp`."""
+    """How one program is built and run: its file's name, the commands, which start in `BUILD` and in `/tmp`, and
+    variables for the second."""
 
     file: str
     compile: tuple[str, ...]
     run: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Proof:
+    """Whether a toolchain works in the sandbox, found out once: by a trivial program, which writes "ok"."""
+
+    program: str
+    problem: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ class Toolchain:
     Attributes:
         language: its name in references.
         version: what the compiler or runtime says of itself, one line, for manifests.
-        plan: from a program's source to its commands; of the memory in MiB that it may use.
+        proof: that it works; a program that does not compile is only held against the program if it does.
+        plan: from a program's source, and the memory in MiB that it may use, to its commands.
         shown: files and folders of this machine that its programs may read and execute.
         environment: variables, the same for compiling and running.
         runtime_mb: memory that the runtime itself may commit beyond the program's, MiB.
@@ -62,6 +74,7 @@ class Toolchain:
 
     language: str
     version: str
+    proof: Proof
     plan: Callable[[str, int], Plan]
     shown: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -180,7 +193,10 @@ def _cpp(toolchains: Toolchains) -> Toolchain:
                 made.chmod(0o644)
                 made.rename(prepared / "bits" / "stdc++.h.gch")
 
-    return Toolchain("cpp", _version(compiler, "--version"), plan, (*files, str(prepared)), environment, ready=ready)
+    proof = Proof('#include <iostream>\nint main() { std::cout << "ok"; }')
+    return Toolchain(
+        "cpp", _version(compiler, "--version"), proof, plan, (*files, str(prepared)), environment, ready=ready
+    )
 
 
 def _gcc(compiler: str, language: str) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -231,9 +247,11 @@ def _java(toolchains: Toolchains) -> Toolchain:
 
     # LD_LIBRARY_PATH, since there is no /proc in which the launcher could look where it lies.
     environment = {"LD_LIBRARY_PATH": str(home / "lib"), "MALLOC_ARENA_MAX": "2"}
+    proof = Proof('class Ok { public static void main(String[] a) { System.out.print("ok"); } }')
     return Toolchain(
         "java",
         _version(str(home / "bin" / "javac"), "-version"),
+        proof,
         plan,
         (*shown, *system_folders()),
         environment,
@@ -276,9 +294,10 @@ def _javascript(toolchains: Toolchains) -> Toolchain:
         return Plan(file, (node, "--check", file), run)
 
     environment = {"UV_USE_IO_URING": "0", "UV_THREADPOOL_SIZE": "1", "NODE_OPTIONS": ""}
-    shown = (node, *system_folders())
+    shown = (node, "/usr/share/nodejs", *system_folders())  # where Debian keeps parts of Node's own library
     version = _version(node, "--version")
-    return Toolchain("javascript", version, plan, shown, environment, runtime_mb=256, reserved_mb=2048)
+    proof = Proof('process.stdout.write("ok")')
+    return Toolchain("javascript", version, proof, plan, shown, environment, runtime_mb=256, reserved_mb=2048)
 
 
 _GO_PACKAGES = (
@@ -322,15 +341,19 @@ def _go(toolchains: Toolchains) -> Toolchain:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
     def plan(source: str, memory_mb: int) -> Plan:
-        return Plan("main.go", (*build, "program", "main.go"), (f"{BUILD}/program",))
+        # Else the collector lets garbage grow to twice what is in use before it looks.
+        limited = {"GOMEMLIMIT": f"{memory_mb}MiB"}
+        return Plan("main.go", (*build, "program", "main.go"), (f"{BUILD}/program",), limited)
 
     shown = [
         root,
         *(str(p.resolve()) for p in (*Path(root).iterdir(), *(Path(root) / "pkg").iterdir()) if p.is_symlink()),
     ]
+    proof = Proof('package main\n\nimport "fmt"\n\nfunc main() { fmt.Print("ok") }\n')
     return Toolchain(
         "go",
         _version(str(go), "version"),
+        proof,
         plan,
         (*shown, str(prepared), *system_folders()),
         environment,
@@ -356,8 +379,14 @@ def _rust(toolchains: Toolchains) -> Toolchain:
         return Plan("main.rs", compile_, (f"{BUILD}/program",))
 
     environment["LD_LIBRARY_PATH"] = str(sysroot / "lib")
+    proof = Proof('fn main() { print!("ok"); }')
     return Toolchain(
-        "rust", _version(str(compiler), "--version"), plan, (str(compiler), str(sysroot / "lib"), *files), environment
+        "rust",
+        _version(str(compiler), "--version"),
+        proof,
+        plan,
+        (str(compiler), str(sysroot / "lib"), *files),
+        environment,
     )
 
 

@@ -79,7 +79,7 @@ class _Workshop:
         self.child, self.cpu_limit, self.over, self.refusal = 0, 0.0, False, -1
 
     def serve(self) -> NoReturn:
-        lines = b""
+        lines, held = b"", list[int]()
         while True:
             patience = None
             if self.child:
@@ -97,11 +97,12 @@ class _Workshop:
                 if not data:
                     os._exit(0)  # as process 1 of the namespace, which ends everything in it
                 lines += data
+                held += descriptors
                 while b"\n" in lines:
                     line, lines = lines.split(b"\n", 1)
-                    self.take(json.loads(line), descriptors)
-                for descriptor in descriptors:
-                    os.close(descriptor)
+                    self.take(json.loads(line), held)
+                    while held:
+                        os.close(held.pop())
             if self.child:
                 pid, status, usage = os.wait4(self.child, os.WNOHANG)
                 if pid:
@@ -211,7 +212,7 @@ def _confine(settings: dict[str, Any]) -> None:
         (resource.RLIMIT_FSIZE, BUILD_BYTES if compiles else isolation.SCRATCH_BYTES),
         (resource.RLIMIT_NOFILE, DESCRIPTORS),
         (resource.RLIMIT_STACK, STACK_BYTES),
-        (resource.RLIMIT_NPROC, PROCESSES),
+        *([(resource.RLIMIT_NPROC, PROCESSES)] if _counts_by_namespace() else []),
         (resource.RLIMIT_DATA, settings["data_bytes"]),
         (resource.RLIMIT_AS, settings["address_bytes"]),
     ):
@@ -224,6 +225,11 @@ def _confine(settings: dict[str, Any]) -> None:
         seccomp.install(libc, program_calls.program(platform.machine(), forks=compiles))
     except OSError as error:
         raise Refused("seccomp filter", error.errno or 0) from None
+
+
+def _counts_by_namespace() -> bool:
+    """Whether the kernel counts a user's processes in this namespace alone, not all that the user has (Linux 5.14)."""
+    return tuple(int(x) for x in os.uname().release.split(".")[:2] if x.isdigit()) >= (5, 14)
 
 
 def _attack(attacks: dict[str, Any]) -> None:
