@@ -46,6 +46,8 @@ _WRONG_FOR_ALL = {
 
 Read = TypeVar("Read")
 
+_jitter = random.Random()  # of the waits alone; nobody else's draws are touched
+
 
 class _FailedError(Exception):
     """One attempt failed, and the next may not.
@@ -401,7 +403,7 @@ class Traffic:
 
 def backoff(times: int, first_wait_s: float) -> float:
     """Seconds to wait after having waited so many times before: doubling, between half and all of it."""
-    return min(LONGEST_WAIT_S, first_wait_s * 2.0 ** min(times, 30)) * random.uniform(0.5, 1.0)
+    return min(LONGEST_WAIT_S, first_wait_s * 2.0 ** min(times, 30)) * _jitter.uniform(0.5, 1.0)
 
 
 def retry_after(headers: Any) -> float | None:

@@ -521,6 +521,25 @@ def test_when_the_server_dies_what_was_answered_is_given_before_the_error() -> N
         assert all(completion.finish_reason != "error" for _, _, completion in got)
 
 
+def test_a_server_that_was_started_anew_meanwhile_loses_nothing() -> None:
+    before, after = FailingServer(port=free_port()), FailingServer()
+    before.open()
+    after.port = before.port
+    with engine_of(before, concurrency=2) as engine:
+        stream = engine.sample(iter(CHATS * 10), 1, PARAMS)
+        got = [next(stream) for _ in range(10)]
+        before.fault = lambda seen: Fault(drop=True)  # connections that are still open
+        before.close()
+        timer = threading.Timer(0.3, after.open)
+        timer.start()
+        got += stream
+        timer.join()
+        after.close()
+        assert engine.usage()["asked_again"]["connection"] > 0
+    assert len(got) == 60 and all(completion.finish_reason != "error" for _, _, completion in got)
+    assert len(before.seen) + len(after.seen) < 60 + 10
+
+
 def test_work_goes_to_whichever_server_has_room() -> None:
     with FailingServer(delay_s=0.02) as quick, FailingServer(delay_s=0.2) as slow:
         with engine_of(quick, slow, concurrency=3) as engine:
