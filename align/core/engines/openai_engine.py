@@ -129,7 +129,7 @@ class OpenAIEngine:
         usage, settings = self._traffic.usage, self._settings
         told: dict[str, Any] = {
             "requests": usage.requests,
-            "asked_again": dict(usage.again.most_common()),
+            "asked_again": dict(sorted(dict(usage.again).items(), key=lambda entry: -entry[1])),
             "lost": usage.lost,
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,

@@ -17,7 +17,7 @@ from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.engines.openai_settings import OpenAISettings
 from align.core.errors import EngineError
 
-SAME = {name: name for name in ("top_k", "min_p", "repetition_penalty", "stop_token_ids")}
+_SAME = {name: name for name in ("top_k", "min_p", "repetition_penalty", "stop_token_ids")}
 _STOPS = ("stop", "eos", "stop_sequence")
 _LENGTHS = ("length", "max_tokens")
 
@@ -35,8 +35,8 @@ class Dialect:
         limit: its name of the most new tokens of a chat completion.
         schema: how a JSON schema is asked for: OpenAI's response_format, or llama.cpp's; None is not at all.
         choices: how a choice is asked for; `object` is a JSON object with one key, through the schema.
-        raw_schema: whether schemas and choices are known at /completions too.
-        raw_choices: the same of choices alone.
+        raw_schema: whether a schema is known at /completions too.
+        raw_choices: the same of choices.
         token_ids: whether a prompt may be token ids.
         gives_token_ids: whether a completion comes with its token ids.
         logprobs: whether it gives log-probabilities.
@@ -61,7 +61,7 @@ DIALECTS: dict[str, Dialect] = {
     "any": Dialect(),
     "openai": Dialect(limit="max_completion_tokens"),
     "vllm": Dialect(
-        SAME,
+        _SAME,
         always={"return_token_ids": True},
         raw={"add_special_tokens": False},
         choices="structured_outputs",
@@ -69,7 +69,9 @@ DIALECTS: dict[str, Dialect] = {
         raw_choices=True,
         gives_token_ids=True,
     ),
-    "sglang": Dialect(SAME, always={"return_token_ids": True}, choices="regex", raw_choices=True, gives_token_ids=True),
+    "sglang": Dialect(
+        _SAME, always={"return_token_ids": True}, choices="regex", raw_choices=True, gives_token_ids=True
+    ),
     "llama.cpp": Dialect(
         {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"},
         top_k_off=0,
@@ -107,7 +109,7 @@ def check_params(params: SamplingParams, settings: OpenAISettings) -> None:
     """
     dialect = DIALECTS[settings.server]
     off = SamplingParams()
-    wrong = [name for name in SAME if name not in dialect.names and getattr(params, name) != getattr(off, name)]
+    wrong = [name for name in _SAME if name not in dialect.names and getattr(params, name) != getattr(off, name)]
     wrong += ["logprobs"] * (params.logprobs and not dialect.logprobs)
     wrong += ["json_schema"] * (params.json_schema is not None and dialect.schema is None)
     wrong += ["choices"] * (bool(params.choices) and dialect.choices is None)
@@ -136,9 +138,8 @@ def unsendable(prompt: Prompt, params: SamplingParams, settings: OpenAISettings)
     except UnicodeEncodeError:
         return "the prompt holds half of a surrogate pair, which no request can carry; mend the text"
     if is_chat(prompt):
-        return "it is messages, and api: completions says that there is no chat endpoint" * (
-            settings.api == "completions"
-        )
+        no_chat = settings.api == "completions"
+        return "it is messages, and api: completions says that there is no chat endpoint" if no_chat else ""
     what = "raw text" if isinstance(prompt, str) else "token ids"
     if settings.api == "chat":
         return f"it is {what}, and api: chat says that there is no endpoint for it"

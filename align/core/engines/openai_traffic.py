@@ -46,6 +46,8 @@ _WRONG_FOR_ALL = {
 
 Read = TypeVar("Read")
 
+_jitter = random.Random()  # of the waits alone; nobody else's draws are touched
+
 
 class _FailedError(Exception):
     """One attempt failed, and the next may not.
@@ -174,7 +176,7 @@ class Traffic:
         self._tokens = Pace(settings.tokens_per_minute)
         self._waiting: deque[asyncio.Future[None]] = deque()  # for room, in the order in which they came
         self._end = asyncio.Event()
-        self._answers = 0
+        self._answers = 0  # so far
         self._lost_in_a_row = 0
 
     async def ask(self, path: str, body: dict[str, Any], read: Callable[[Any], Read], tokens: int) -> Read:
@@ -205,7 +207,7 @@ class Traffic:
                 found = read(answer)
             except RefusedError as refused:
                 last.answered()
-                self._lose(str(refused), refused=True)
+                await self._lose(str(refused), path, body)
                 raise
             except MalformedAnswerError as malformed:
                 failure = _FailedError("malformed answer", str(malformed))
@@ -234,7 +236,7 @@ class Traffic:
                 last.failed(self._first_wait_s)
             self._wake(len(self._waiting))  # how long to wait may be another time now
             spent = attempts > self._settings.max_retries
-            if self._all_are_down(spent) and not (self._answers and await self._anyone_is_there()):
+            if self._all_are_down(spent) and not await self._any_server(path, body, "answered", "refused"):
                 places = ", ".join(endpoint.address for endpoint in self._endpoints)
                 raise self._stop(
                     EngineError(
@@ -244,7 +246,7 @@ class Traffic:
                 )
             if spent:
                 told = f"{failure}; asked {attempts + busy} times, the last time at {last.address}"
-                self._lose(told)
+                await self._lose(told, path, body)
                 raise RefusedError(told)
             self.usage.again[failure.reason] += 1
             await self._pause(backoff(attempts + busy - 1, self._first_wait_s))
@@ -337,38 +339,52 @@ class Traffic:
         self.usage.completion_tokens += completion
         return prompt + completion
 
-    def _lose(self, why: str, refused: bool = False) -> None:
-        """Counts a request that is lost; ends all where nothing but such comes."""
+    async def _lose(self, why: str, path: str, body: dict[str, Any]) -> None:
+        """Counts a request that is lost. Many in a row end all, unless a plain prompt is answered."""
         self.usage.lost += 1
         self._lost_in_a_row += 1
-        if self._lost_in_a_row >= GIVE_UP_AFTER and not (refused and self._answers):
-            count = self._lost_in_a_row
-            all_told = f"{count} requests in a row came to nothing" + (
-                "" if self._answers else ", and none was answered"
+        if self._lost_in_a_row < GIVE_UP_AFTER:
+            return
+        if await self._any_server(path, body, "answered"):
+            self._lost_in_a_row = 0  # these prompts are to blame, each for itself
+            return
+        raise self._stop(
+            EngineError(
+                f"{self._settings.model}: {GIVE_UP_AFTER} requests in a row came to nothing, and a plain prompt too; "
+                f"the last: {why}"
             )
-            raise self._stop(EngineError(f"{self._settings.model}: {all_told}; the last: {why}"))
+        )
 
     def _all_are_down(self, spent: bool) -> bool:
         """Whether every server failed as often in a row as may be, or at least while one request had all its retries.
 
-        Such servers end the run unless one of them still lists its models: a single prompt that a server stumbles over
-        must not end it, and a dead server must not use up the retries of one prompt after the other.
+        Such servers end the run unless a plain prompt is answered: a single prompt that a server stumbles over must not
+        end it (a resumed run may have no other left), and a dead server must not use up one prompt's retries after the
+        other.
         """
         limit = self._settings.max_retries
         return all(endpoint.is_down and (spent or endpoint.rests > limit) for endpoint in self._endpoints)
 
-    async def _anyone_is_there(self) -> bool:
-        return any(await asyncio.gather(*map(self._is_there, self._endpoints)))
+    async def _any_server(self, path: str, body: dict[str, Any], *outcomes: str) -> bool:
+        """Whether a plain prompt with the parameters of this request comes to one of these outcomes anywhere."""
+        plain: dict[str, Any] = (
+            {"messages": [{"role": "user", "content": "Hi"}]} if "messages" in body else {"prompt": "Hi"}
+        )
+        plain |= {key: 1 for key in ("n", "max_tokens", "max_completion_tokens") if key in body}
+        tried = (self._try(endpoint, path, body | plain) for endpoint in self._endpoints)
+        return not set(outcomes).isdisjoint(await asyncio.gather(*tried))
 
-    async def _is_there(self, endpoint: Endpoint) -> bool:
+    async def _try(self, endpoint: Endpoint, path: str, body: dict[str, Any]) -> str:
+        """What comes of one more attempt at a server: answered, refused or failed."""
+        self.usage.requests += 1
         try:
-            async with asyncio.timeout(10):
-                await endpoint.client.get("/models", cast_to=str)
-        except openai.APIStatusError as problem:
-            return problem.status_code not in (502, 503, 504)  # what a proxy says before a dead server
-        except (openai.APIError, TimeoutError):
-            return False
-        return True
+            self._count(await self._send(endpoint, path, body))
+        except _FailedError as failed:
+            return "refused" if failed.busy else "failed"
+        except (RefusedError, EngineError):
+            return "refused"
+        endpoint.answered()
+        return "answered"
 
     def _stop(self, problem: EngineError) -> EngineError:
         """Nothing more is sent; what waits is told so, what is in flight may end. Gives the error to raise."""
@@ -387,7 +403,7 @@ class Traffic:
 
 def backoff(times: int, first_wait_s: float) -> float:
     """Seconds to wait after having waited so many times before: doubling, between half and all of it."""
-    return min(LONGEST_WAIT_S, first_wait_s * 2.0 ** min(times, 30)) * random.uniform(0.5, 1.0)
+    return min(LONGEST_WAIT_S, first_wait_s * 2.0 ** min(times, 30)) * _jitter.uniform(0.5, 1.0)
 
 
 def retry_after(headers: Any) -> float | None:

@@ -476,9 +476,19 @@ def test_a_key_that_is_refused_ends_all_and_is_never_shown(monkeypatch: pytest.M
 
 def test_where_nothing_is_ever_answered_the_server_is_asked_a_few_times_and_not_a_million() -> None:
     with FailingServer(lambda seen: Fault(400)) as server, engine_of(server, concurrency=4) as engine:
-        with pytest.raises(EngineError, match="20 requests in a row came to nothing, and none was answered"):
+        with pytest.raises(EngineError, match="20 requests in a row came to nothing, and a plain prompt too; the last"):
             table(engine, CHATS * 50)
-        assert len(server.seen) < 30
+        assert len(server.seen) < 40
+
+
+@pytest.mark.parametrize("fault", [Fault(400), Fault(500)], ids=["refused", "stumbled over"])
+def test_a_resumed_run_that_has_only_bad_prompts_left_gives_them_all_as_errors(fault: Fault) -> None:
+    """None was answered in this process, as if all else came from the cache: only a plain prompt tells."""
+    server = FailingServer(lambda seen: fault if "question" in seen.key[0] else None)
+    with server, engine_of(server, concurrency=4, max_retries=2) as engine:
+        got = table(engine, CHATS * 4, 1)
+        assert len(got) == 24 and all(completion.finish_reason == "error" for completion in got.values())
+        assert engine.usage()["lost"] == 24
 
 
 def free_port() -> int:
@@ -509,6 +519,25 @@ def test_when_the_server_dies_what_was_answered_is_given_before_the_error() -> N
                 got.append(found)
         assert len(got) == sum(server.sent().values()) >= 10
         assert all(completion.finish_reason != "error" for _, _, completion in got)
+
+
+def test_a_server_that_was_started_anew_meanwhile_loses_nothing() -> None:
+    before, after = FailingServer(port=free_port()), FailingServer()
+    before.open()
+    after.port = before.port
+    with engine_of(before, concurrency=2) as engine:
+        stream = engine.sample(iter(CHATS * 10), 1, PARAMS)
+        got = [next(stream) for _ in range(10)]
+        before.fault = lambda seen: Fault(drop=True)  # connections that are still open
+        before.close()
+        timer = threading.Timer(0.3, after.open)
+        timer.start()
+        got += stream
+        timer.join()
+        after.close()
+        assert engine.usage()["asked_again"]["connection"] > 0
+    assert len(got) == 60 and all(completion.finish_reason != "error" for _, _, completion in got)
+    assert len(before.seen) + len(after.seen) < 60 + 10
 
 
 def test_work_goes_to_whichever_server_has_room() -> None:
