@@ -37,6 +37,10 @@ _AT_ONCE = 2
 _MOST_DEATHS = 3
 """So many workers may die one after the other without giving anything back before we stop."""
 
+_LOOK_EVERY_S, _SILENT_S = 5.0, 20.0
+"""How often we look whether the cluster's head answers, and for how long it may not. After a minute Ray ends this
+process, by itself and with no exception."""
+
 _opened = 0
 """Open engines that connected this process to the cluster; the last one disconnects it."""
 
@@ -112,6 +116,9 @@ class RayEngine:
         self._ray, self._ours = _connect(cluster.address)
         self._made_of = (make, settings, versions().get("align-toolkit", ""))
         self._calls = 0
+        self._head = self._ray.get_runtime_context().gcs_address
+        self._looked = time.monotonic()
+        self._silent: float | None = None  # since when the head doesn't answer
         self._workers = [_Worker() for _ in range(cluster.workers)]
         for worker in self._workers:
             self._start(worker)
@@ -167,7 +174,7 @@ class RayEngine:
         global _opened
         if not self._workers:
             return
-        for worker in self._workers:
+        for worker in self._workers if self._silent is None else ():  # a lost cluster's end by themselves
             self._ray.kill(worker.actor)
         self._workers = []
         _opened -= self._ours
@@ -228,10 +235,31 @@ class RayEngine:
             for worker in starting:
                 if worker.starting in done:
                     self._started(worker)
+            self._look()
             if found := [task for task in first.values() if task.stream in done]:
                 return found
             if not tasks and time.monotonic() - began > self.cluster.start_timeout_s:
                 raise self._no_room()
+
+    def _look(self) -> None:
+        """Asks now and then whether the cluster's head is there.
+
+        Raises:
+            EngineError: it hasn't answered for some time.
+        """
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = now
+        if _answers(self._head):
+            self._silent = None
+        elif self._silent is None:
+            self._silent = now
+        elif now - self._silent > _SILENT_S:
+            raise EngineError(
+                f"{self._generator}: the head of the Ray cluster ({self._head}) hasn't answered for {_SILENT_S:g} s. "
+                "What was sampled is kept: start the cluster again and run the same command"
+            )
 
     def _started(self, worker: _Worker) -> None:
         """Takes in that a worker's process has its model, or why it hasn't."""
@@ -380,17 +408,26 @@ def _connect(address: str) -> tuple[Any, bool]:
             return ray, False
         try:
             told = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address  # as Ray reads it
-            host, _, port = told.rpartition(":")
-            if port.isdigit():  # Ray itself would try for minutes
-                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            if told.rpartition(":")[2].isdigit() and not _answers(told):  # Ray itself would try for minutes
+                raise ConnectionError("nothing answers there")
             ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as problem:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as problem:
             raise EngineError(
                 f"ray: no cluster can be reached at '{address}': {_first_line(problem)}; start one (`ray start --head` "
                 "on one machine, `ray start --address=HOST:PORT` on the others), and run align on one of its machines"
             ) from problem
     _opened += 1
     return ray, True
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(problem: Any) -> str:

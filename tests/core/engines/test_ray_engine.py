@@ -175,6 +175,22 @@ def test_a_prompt_that_kills_every_worker_ends_in_an_error_and_not_in_a_loop(clu
         engine.close()
 
 
+def test_a_head_that_no_longer_answers_is_an_error_before_ray_ends_this_process(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine looks at a port where nothing listens. A head that is really killed would take this process along."""
+    monkeypatch.setattr("align.core.engines.ray_engine._LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("align.core.engines.ray_engine._SILENT_S", 0.5)
+    engine = _engine(cluster, "slow", workers=1, cpus=0)
+    try:
+        engine._head = "127.0.0.1:9"
+        with pytest.raises(EngineError, match=r"head of the Ray cluster \(127.0.0.1:9\) hasn't answered for 0\.5 s"):
+            _all(engine, [f"prompt {i}" for i in range(400)], 1, PARAMS)
+    finally:
+        engine._silent = None  # so that its worker is ended, which a lost cluster's is not
+        engine.close()
+
+
 def test_what_a_worker_refuses_is_told_with_what_the_cluster_needs(cluster: str) -> None:
     engine = _engine(cluster, "missing", workers=1, cpus=0)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,13 @@ from align.core.engines import Completion, Engine, Prompt, SamplingParams, vllm_
 from align.core.engines.build import VllmSettings
 from align.core.engines.cache import CachedEngine
 from align.core.engines.draws import sample_key
+from align.core.engines.transformers_engine import TransformersEngine
 from align.core.engines.vllm_engine import VllmEngine
 from align.core.errors import EngineError, ModelError
 from tests.core.engines import test_contract as contract
 from tests.core.engines import vllm_standin
 from tests.core.engines.models import byte_tokenizer, tiny_model
+from tests.core.engines.vllm_real import vllm_once
 
 TOKENIZER = byte_tokenizer()
 IM_END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
@@ -306,6 +309,39 @@ def test_an_engine_that_was_not_made_to_sleep_says_so(folder: Path, monkeypatch:
     vllm_standin.install(monkeypatch)
     with pytest.raises(EngineError, match="sleep_mode=True"):
         VllmEngine(folder).sleep()
+
+
+@pytest.mark.gpu
+def test_the_real_one_reports_the_log_probabilities_of_the_weights_that_it_has_now(tmp_path: Path) -> None:
+    """Against the model's own forward in transformers, before and after other weights are loaded."""
+    engine = vllm_once(tmp_path)
+    assert isinstance(engine, VllmEngine)
+    params = SamplingParams(max_tokens=12, seed=3, logprobs=True)
+    ids = {number: prompt_ids(TOKENIZER, prompt) for number, prompt in enumerate(contract.PROMPTS)}
+    for seed in (0, 1, 0):
+        model = tiny_model("qwen2", seed=seed, hidden_size=256)
+        engine.load_weights(model.state_dict())
+        got = _all(engine, contract.PROMPTS, 3, params)
+        scored = TransformersEngine(model, TOKENIZER).score(
+            [ids[number] for number, _ in got], [done.token_ids for done in got.values()]
+        )
+        for done, fresh in zip(got.values(), scored, strict=True):
+            assert done.logprobs == pytest.approx(fresh, abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_the_real_one_keeps_to_choices_schemas_and_greedy(tmp_path: Path) -> None:
+    engine = vllm_once(tmp_path)
+    prompts = contract.PROMPTS
+    chosen = _all(engine, prompts, 4, SamplingParams(max_tokens=12, choices=("yes", "no", "perhaps")))
+    assert {done.text for done in chosen.values()} <= {"yes", "no", "perhaps"}
+    assert {done.finish_reason for done in chosen.values()} == {"stop"}
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    made = _all(engine, prompts, 2, SamplingParams(max_tokens=30, json_schema=json.dumps(schema)))
+    assert {done.text for done in made.values()} <= {'{"a":1}', '{"a":2}'}
+    greedy = SamplingParams(max_tokens=12, temperature=0, repetition_penalty=1.3)
+    own = TransformersEngine(tiny_model("qwen2", hidden_size=256), TOKENIZER)
+    assert _all(engine, prompts, 1, greedy) == _all(own, prompts, 1, greedy)
 
 
 # vLLM's source, read and never run.
