@@ -259,11 +259,11 @@ def read_constitution(path: Path) -> list[Principle]:
 
 
 def asks(config: ConstituteConfig) -> dict[str, Asks]:
-    """An answer of each kind to each principle drawn, and one without; and a judgement of each."""
+    """An answer of each kind to each principle drawn, and one without; and the votes on each."""
     samples = (2 * config.principles + config.natural) * config.samples
     return {
         "sampler": Asks(samples, config.max_tokens),
-        "judge": Asks(samples, config.judge_max_tokens, reads="sampler"),
+        "judge": Asks(samples * config.judge_votes, config.judge_max_tokens, reads="sampler"),
     }
 
 

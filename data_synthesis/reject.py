@@ -187,11 +187,11 @@ def distinct_paths(keys: Iterable[str], texts: list[str], keep: int | None) -> l
 
 
 def asks(config: RejectConfig) -> dict[str, Asks]:
-    """Every sample, and a judgement of each."""
+    """Every sample, and the votes on each."""
     samples = config.samples if config.right is None else config.max_samples
     return {
         "sampler": Asks(samples, config.max_tokens),
-        "judge": Asks(samples, config.judge_max_tokens, reads="sampler"),
+        "judge": Asks(samples * config.judge_votes, config.judge_max_tokens, reads="sampler"),
     }
 
 

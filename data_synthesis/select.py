@@ -257,8 +257,8 @@ def _selected(
 
 
 def asks(config: SelectConfig) -> dict[str, Asks]:
-    """One judgement of each instruction."""
-    return {"judge": Asks(1, config.judge_max_tokens)}
+    """The votes on each instruction."""
+    return {"judge": Asks(config.judge_votes, config.judge_max_tokens)}
 
 
 STAGE = Stage(
