@@ -122,7 +122,8 @@ class Engine(Protocol):
         """Yields `(prompt number, sample index, completion)` as completions finish, in any order.
 
         Sample indices run from `first_index` to `first_index + n - 1`; each (prompt, index) comes exactly once.
-        `prompts` is read lazily, a bounded number ahead, and by the thread that asks for completions alone. A failed sample is a completion with finish_reason error.
+        `prompts` is read lazily, a bounded number ahead, and only by the thread that asks for completions. A failed
+        sample is a completion with finish_reason error.
 
         Raises:
             EngineError: the engine can't go on at all.
