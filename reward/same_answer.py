@@ -26,7 +26,7 @@ NUMBER = (
 
 _QUICK = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d{1,18})", re.ASCII)
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_TEXT = r"\\(?:text|mbox|math|operatorname|boldsymbol)(?:bf|it|rm|sf|tt|bb|cal|normal|up)?"
+_TEXT = r"\\(?:text|mbox|math|operatorname|boldsymbol)(?:bf|it|rm|sf|tt|cal|normal|up)?"
 _UNWRAP = re.compile(_TEXT + r"\s*\{([^{}]*)\}")
 _FUNCTION = re.compile(
     r"\\(?:operatorname|mathrm|text)\s*\{\s*(arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln)\s*\}"
@@ -74,6 +74,7 @@ _NUMBER_AND_UNIT = re.compile(
 )
 _PLAIN_NUMBER = re.compile(r"[-+]*(?:[\d.]+(?:[eE][-+]?\d+)?(?:/[-+]?[\d.]+)?|\d*\\frac\{-?\d+\}\{-?\d+\})")
 _AFTER_COMMAND = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_TELLS_A_SET = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|mathbb|setminus)(?![A-Za-z])")
 _PM = r"\pm"
 _PLUS_MINUS = re.compile(r"(?<![\w)}])\\pm\s?")
 _BRACKETS = ((r"\{", r"\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"))
@@ -153,7 +154,8 @@ def _normalised(answer: str) -> str:
     text = re.sub(r"(?<![\w)}\s])\+(?=\\infty|\d)", "", text)
     text = re.sub(r"(\\[A-Za-z]+)[^\S\n]+(?=[A-Za-z])", "\\1\x00", text)  # "\pi r" is not "\pir"
     text = re.sub(r"(?<!\d)[^\S\n]+|[^\S\n]+(?!\d)", "", text).replace("\x00", " ")  # "7 2" is not 72
-    return re.sub(r"\A[A-Za-z]\\in(?![A-Za-z])", "", text.strip("\n"))
+    text = re.sub(r"\A[A-Za-z]\\in(?![A-Za-z])", "", text.strip("\n"))
+    return re.sub(r"\A\\\{([^,{}\\]+)\\\}\Z", r"\1", text)  # a set of one
 
 
 def _without_separators(text: str) -> str:
@@ -245,8 +247,8 @@ def _same_parts(a: str, b: str, ask: AskFormulas | None, depth: int) -> bool | N
         return _all([_same_list(x.split("&"), y.split("&"), True, ask, depth) for x, y in _zipped(*rows)])
     list_a, list_b = _list_of(a), _list_of(b)
     if list_a is None or list_b is None:  # an interval may be told as an inequality
-        told_otherwise = re.search(r"[<>]|\\(?:[lgn]e|cup|mathbb|infty)(?![A-Za-z])", a + b)
-        return _same_formula(a, b, ask) if told_otherwise else False
+        others = [text for text, its_list in ((a, list_a), (b, list_b)) if its_list is None]
+        return _same_formula(a, b, ask) if all(map(_TELLS_A_SET.search, others)) else False
     (brackets_a, parts_a), (brackets_b, parts_b) = list_a, list_b
     loose = brackets_a in ("", r"\{\}") and brackets_b in ("", r"\{\}")  # {1, 2} and "1, 2" are the same solutions
     if brackets_a != brackets_b and not loose:
