@@ -12,6 +12,7 @@ import cmath
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from string import ascii_letters
 
 from reward.arithmetic import MOST_CHARACTERS, value, value_at
@@ -74,10 +75,11 @@ _NUMBER_AND_UNIT = re.compile(
 )
 _PLAIN_NUMBER = re.compile(r"[-+]*(?:[\d.]+(?:[eE][-+]?\d+)?(?:/[-+]?[\d.]+)?|\d*\\frac\{-?\d+\}\{-?\d+\})")
 _AFTER_COMMAND = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_COMMAS = re.compile(r"(?<![\d.,(\[])(?<![(\[]-)(?<!\\\{)(?<!\\\{-)\d{1,3}(?:,\d{3})+(?![\d,])")  # in a list they part
 _TELLS_A_SET = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|mathbb|setminus)(?![A-Za-z])")
 _PM = r"\pm"
 _PLUS_MINUS = re.compile(r"(?<![\w)}])\\pm\s?")
-_BRACKETS = ((r"\{", r"\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"))
+_BRACKETS = ((r"\{", r"\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("{", "}"))
 _MOST_PARTS = 50
 _DEEPEST = 4
 
@@ -133,6 +135,7 @@ def _based(text: str) -> tuple[str, str]:
     return (found[1], found[2] or found[3]) if found and found[1][-1].isdigit() else (text, "")
 
 
+@lru_cache(maxsize=2000)  # the samples of a problem share its reference, and often their answers
 def _normalised(answer: str) -> str:
     """One spelling of an answer: no mark-up, currency, degrees, units in words, thousands separators or spacing."""
     text = answer.replace(r"\\", "\n") if r"\begin" in answer else answer.replace("\n", " ")  # a matrix keeps its rows
@@ -155,6 +158,7 @@ def _normalised(answer: str) -> str:
     text = re.sub(r"(\\[A-Za-z]+)[^\S\n]+(?=[A-Za-z])", "\\1\x00", text)  # "\pi r" is not "\pir"
     text = re.sub(r"(?<!\d)[^\S\n]+|[^\S\n]+(?!\d)", "", text).replace("\x00", " ")  # "7 2" is not 72
     text = re.sub(r"\A[A-Za-z]\\in(?![A-Za-z])", "", text.strip("\n"))
+    text = re.sub(r"\A[\[(](\\begin\{.*\})[\])]\Z", r"\1", text, flags=re.DOTALL)
     return re.sub(r"\A\\\{([^,{}\\]+)\\\}\Z", r"\1", text)  # a set of one
 
 
@@ -164,7 +168,7 @@ def _without_separators(text: str) -> str:
     1.234,5 and 1.234.567 are read the European way, for read otherwise they are no numbers. 1.234 is a decimal and 3,5
     is a list.
     """
-    text = re.sub(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+    text = re.sub(_COMMAS, lambda m: m[0].replace(",", ""), text)
     text = re.sub(
         r"(?<![\w.,'/])(?<!\d )\d{1,3}(?:[ ']\d{3})+(?!\d|[/']| \d)", lambda m: re.sub("[ ']", "", m[0]), text
     )
@@ -242,8 +246,8 @@ def _same_parts(a: str, b: str, ask: AskFormulas | None, depth: int) -> bool | N
     """Tuples, intervals and matrices in order; sets, bare lists and unions of intervals in any order."""
     if r"\cup" in a and r"\cup" in b:
         return _same_list(a.split(r"\cup"), b.split(r"\cup"), False, ask, depth)
-    if a.startswith(r"\begin{") and b.startswith(r"\begin{"):
-        rows = [re.sub(r"\\(?:begin|end)\{[^}]*\}", "", m).strip("\n").split("\n") for m in (a, b)]
+    if a.startswith(r"\begin{") and b.startswith(r"\begin{") and ("vmatrix" in a) == ("vmatrix" in b):
+        rows = [re.sub(r"\\(?:begin|end)\{[^}]*\}(?:\{[lcr|]*\})?", "", m).strip("\n").split("\n") for m in (a, b)]
         return _all([_same_list(x.split("&"), y.split("&"), True, ask, depth) for x, y in _zipped(*rows)])
     list_a, list_b = _list_of(a), _list_of(b)
     if list_a is None or list_b is None:  # an interval may be told as an inequality
@@ -302,6 +306,7 @@ def _list_of(text: str) -> tuple[str, list[str]] | None:
             parts.append("")
         else:
             parts[-1] += character
+    brackets = r"\{\}" if brackets == "{}" and len(parts) > 1 else brackets
     return (brackets, parts) if len(parts) > 1 or brackets == r"\{\}" else None
 
 

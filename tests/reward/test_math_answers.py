@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward.formulas import Formulas
 from reward.math_answers import final_answer, same_answer, verify
+from reward.same_answer import compare
 
 real_data = pytest.mark.real_data
 needs_data = pytest.mark.skipif("ALIGN_TEST_DATA" not in os.environ, reason="ALIGN_TEST_DATA names no folder")
@@ -144,6 +146,66 @@ def test_near_misses_are_not_the_same(answer: str, expected: str) -> None:
     assert not same_answer(expected, answer)
 
 
+MORE_SPELLINGS = [
+    (r"\frac{1,234}{5}", "246.8"), (r"\left[-36, 104\right]", "[-36,104]"), (r"\{1,234\}", "1, 234"),
+    ("-1,234", "-1234"), (r"\left[\begin{matrix}1\\2\end{matrix}\right]", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("{0, 1}", "1,0"), (r"\{5\}", "5"), ("5", r"\{5\}"), ("25%", "25"), (r"25\%", "0.25"), ("0.25", r"25\%"),
+    ("25", r"25\%"), ("1 234", "1234"), ("1{,}234", "1234"), ("1.234,5", "1234.5"), ("1.234.567", "1234567"),
+    (r"10\,000", "10000"), ("€5", "5"), ("£3.50", "3.5"), (r"5\text{ cm}", "5"), (r"5\text{ m}", "5"),
+    (r"6\sqrt{3}\text{ cm}^2", r"6\sqrt{3}"), (r"12\pi\text{ square inches}", r"12\pi"), (r"12\pi cm", r"12 \pi"),
+    (r"\frac{1}{2}\text{ hour}", "0.5"), ("52", "52_8"), ("52_{8}", "52_8"), (r"x \in [-2,7]", "[-2,7]"),
+    (r"\pi r^2", r"r^2\pi"), (r"2\pi x", r"2 x \pi"), ("y=2x+1", "2x+1"), ("2x+1", "y=2x+1"), ("2x+3y=6", "3y=6-2x"),
+    ("2x+3y=6", "4x+6y=12"), ("y=2x+1", "2x-y=-1"), ("x = 3+4 = 7", "7"), ("3+4=7", "7"), ("AB = 5", "5"),
+    (r"\angle ABC = 50^\circ", "50"), ("f(x) = x+1", "x+1"), (r"\pm 3", "3, -3"),
+    (r"1 \pm \sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}"), ("3 and -3", "3,-3"), (r"x=1 \text{ or } x=2", "1,2"),
+    (r"\{1,2\}", "1,2"), (r"\{2,1\}", r"\{1,2\}"), (r"0.\overline{3}", "1/3"), (r"\frac{1}{3}", r"0.\overline{3}"),
+    (r"(-\infty, 3]", r"(-\infty,3]"), (r"(3, +\infty)", r"(3,\infty)"), ("6-5i", "-5i+6"), ("(1+i)^2+x", "2i+x"),
+    (r"\sqrt{2}/2", r"\frac{1}{\sqrt2}"), (r"\emptyset", r"\varnothing"), ("sqrt(3)/2", r"\frac{\sqrt{3}}{2}"),
+    ("2*pi", r"2\pi"), ("pi/4", r"\frac{\pi}{4}"), ("1024", "2^{10}"), (r"\text{Evelyn}", "Evelyn"),
+    (r"\mathrm{(C)}", "C"), ("even", r"\text{even}"), (r"3\frac{1}{2}", "7/2"), (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\frac{-1}{2}", "-0.5"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\ 2\end{bmatrix}"),
+    (r"5 \times 10^{4}", "50000"), ("1.5e3", "1500"), ("2:3", "2:3"), (r"\left(3,\frac{\pi}{2}\right)", r"(3,\pi/2)"),
+    (r"0.5\sqrt{2}", r"\frac{\sqrt2}{2}"), (r"90^{\circ}", "90"), (r"3^\circ\text{C}", "3"), (r"\$32,348", "32348"),
+    (r"\$32,\!348", "32348"), (r"\theta+1", r"1+\theta"), ("(x-1)(x+1)", "x^2-1"), (r"4 \text{ and } 5", "5,4"),
+    (r"\frac{3}{2}", "1.5"),
+]  # fmt: skip
+"""An answer, and what is expected; not always the same the other way round."""
+
+MORE_NEAR_MISSES = [
+    ("(-1,200)", "-1200"), ("(1,200)", "1200"), ("[-36,104]", "-36104"), ("5", r"(-\infty,5]"),
+    ("x+2", r"(1,2)\cup(3,4)"), (r"\{5\}", "6"), ("26%", "25"), ("0.25", "25"), ("2.5", r"25\%"), ("(1,2)", "1,2"),
+    ("(2,3,5)", "(5,3,2)"), ("[1,2]", "(1,2)"), ("no", "on"), ("SAS", "SSA"), ("52_8", "52_9"), ("42", "52_8"),
+    ("52_8", "52"), (r"10 \text{ am}", r"10 \text{ pm}"), ("10 am", "10 pm"), ("5 million", "5"),
+    (r"5\text{ million}", "5"), ("x^2=5", "5"), ("2x=10", "10"), ("5", "2x=5"), ("x=5", "6"), ("15^2", "225"),
+    ("10+5", "15"), (r"\sqrt{25}", "5"), ("3.14159265359", r"\pi"), ("0.3333", r"\frac13"), ("1.234", "1234"),
+    ("1,23", "123"), ("3,5", "3.5"), ("1,234", "1.234"), ("6-5i", "6+5i"), ("y=2x+1", "y=2x-1"),
+    ("2x+3y=6", "2x+3y=7"), ("2x+3y=6", "3x+2y=6"), (r"\pm 3", "3"), ("3", r"\pm 3"), ("3,3", "3,-3"),
+    (r"\{1,2\}", r"\{1,2,3\}"), (r"\text{Evelyn}", r"\text{Angela}"), ("A", "B"), ("x^2+1", "y^2+1"),
+    (r"3\sqrt{13}", r"13\sqrt{3}"), (r"\frac{2}{3}", r"\frac{3}{2}"), (r"\pi", r"2\pi"), (r"\frac{\pi}{2}", "90"),
+    ("3x", "3y"), (r"-\frac12", r"\frac12"), ("June 20", "June 21"), (r"1\frac12", r"\frac{11}{2}"), ("72,000", "72"),
+    ("7 2", "72"), ("12 34", "1234"), ("a-b", "b-a"), ("e^{2}", "7.389"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}2&1\end{pmatrix}"), (r"\sin x", r"\cos x"),
+    ("(1,2),(3,4)", "(1,2),(4,3)"), (r"(-\infty,1)\cup(2,3)", r"(-\infty,1)\cup(2,4)"), ("east", "seat"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "expected"), MORE_SPELLINGS)
+def test_an_answer_may_be_spelt_otherwise_than_the_reference(answer: str, expected: str) -> None:
+    """Percentages, separators, currencies, units, bases, names, both signs, sets, equations: without math-verify."""
+    assert compare(answer, expected) is True
+
+
+@pytest.mark.parametrize(("answer", "expected"), MORE_NEAR_MISSES)
+def test_what_looks_like_the_reference_and_is_not_it_is_refused(answer: str, expected: str) -> None:
+    assert compare(answer, expected) is False
+
+
+def test_a_way_to_a_number_is_no_number_but_a_number_will_do_for_a_way_to_it() -> None:
+    for way, number in (("10 + 5", "15"), ("15^2", "225"), (r"2^{10}", "1024")):
+        assert compare(way, number) is False
+        assert compare(number, way) is True
+
+
 @pytest.mark.parametrize("reference", ["72", "#### 72", r"\boxed{72}", "48 + 24 = 72.\n#### 72", 72, 72.0])
 def test_a_reference_may_be_an_answer_or_a_solution(reference: object) -> None:
     assert verify("#### 72", {"answer": reference}).verdict == "passed"
@@ -264,13 +326,31 @@ def test_all_math_references_are_accepted_in_simple_reformattings() -> None:
 
 @real_data
 @needs_data
-def test_sampled_solutions_get_the_verdict_of_the_public_grader_but_for_one_that_it_misread() -> None:
-    """The one: the grader refused "10000" for the reference "10{,}000"."""
+@pytest.mark.parametrize("column", ["answer", "gt", "solution"])
+def test_sampled_solutions_get_the_verdict_of_the_public_grader_but_for_one_that_it_misread(column: str) -> None:
+    """The one: the grader refused "10000" for the reference "10{,}000". All 400 are decided without math-verify."""
     rows = _lines("math_cot_rm8_even", "math_cot_50.jsonl")
-    differ = [
-        (row["answer"], final_answer(solution))
-        for row in rows
-        for solution, right in zip(row["code"], row["score"], strict=True)
-        if (verify(solution, {"answer": row["answer"]}).verdict == "passed") != right
-    ]
-    assert differ == [("10{,}000", "10000")]
+    differ = []
+    with Formulas() as formulas:
+        for row in rows:
+            for sample, (solution, right) in enumerate(zip(row["code"], row["score"], strict=True)):
+                verdict = verify(solution, {"answer": row[column]}, formulas).verdict
+                assert verdict != "error"
+                if (verdict == "passed") != right:
+                    differ.append((row["idx"], sample, row["answer"], final_answer(solution)))
+    assert differ == [(72, 7, "10{,}000", "10000")]
+    assert formulas.report is None
+
+
+@real_data
+@needs_data
+def test_no_reference_of_another_problem_is_taken_for_the_right_one() -> None:
+    """All pairs of the different references: those that are the same are other spellings of one number."""
+    references = sorted({final_answer(row["solution"]) or "" for row in _lines("math_sample", "math_test_500.jsonl")})
+    same = {(a, b) for a in references for b in references if a < b and compare(a, b)}
+    assert same == {
+        (r"-\frac12", r"-\frac{1}{2}"), ("1", r"100\%"), ("100", r"100\%"), ("120", r"120^\circ"),
+        ("135", r"135\text{ square feet}"), ("180", r"180^\circ"), ("20", r"20\%"), (r"20\%", r"\frac{1}{5}"),
+        ("25", r"25^\circ"), ("50", r"50^\circ"), ("6", r"\$6"), ("75", r"75^\circ"), (r"\$0.50", r"\frac{1}{2}"),
+        (r"\dfrac{5}{6}", r"\frac{5}{6}"), (r"\frac14", r"\frac{1}{4}"), (r"\sqrt 5", r"\sqrt{5}"),
+    }  # fmt: skip
