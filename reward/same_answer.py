@@ -126,6 +126,8 @@ def _compare(answer: str, expected: str, ask: AskFormulas | None, depth: int) ->
         return re.fullmatch(power_of_ten, a) is not None and value(a) == number_b
     if number_a is not None and ((exact := value(b)) is not None or "." in a):
         return number_a == exact
+    if (number_a is None and _PLAIN_NUMBER.fullmatch(a)) or _PLAIN_NUMBER.fullmatch(b):
+        return False  # too large for a number, and not the same text
     return _same_parts(a, b, ask, depth) if _has_parts(a) or _has_parts(b) else _same_formula(a, b, ask)
 
 

@@ -111,7 +111,7 @@ def _row(record: Record, given: Row, where: str) -> tuple[Row, str | None]:
     row |= stored({name: value for name, value in record.items() if name not in _OWN}, None, where)
     row["prompt"], row["completion"] = prompt, completion
     for name in _ALSO_MESSAGES:
-        if row.get(name):
+        if row.get(name) is not None:
             row[name] = _messages(row[name], "assistant", name, where)[0]
     row["family"] = row["family"] or row["task"]
     row["prompt_id"] = row["prompt_id"] or prompt_id_of(prompt or [{"role": "", "content": where}])
