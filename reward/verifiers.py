@@ -155,13 +155,16 @@ def _with_given_code(reference: Mapping[str, Any], prompt: Any) -> Mapping[str, 
 
 
 def _reference(raw: Any) -> Any:
-    """The reference as an object; its text where that is no JSON, which `_problem` then reports."""
+    """The reference as an object; its text where that is no JSON, which `_problem` then reports.
+
+    Keys that are null are taken as absent: a table gives every reference the keys of all.
+    """
     if isinstance(raw, str):
         try:
-            return json.loads(raw)
+            raw = json.loads(raw)
         except (ValueError, RecursionError):
             return raw
-    return raw
+    return {key: value for key, value in raw.items() if value is not None} if isinstance(raw, Mapping) else raw
 
 
 def _problem(task: Any, completion: Any, reference: Any) -> str | None:

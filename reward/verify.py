@@ -174,5 +174,6 @@ STAGE = Stage(
     needs={},
     gives=Kind.COMPLETIONS,
     run=run,
+    version=2,
     reads=("data",),
 )

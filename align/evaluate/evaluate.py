@@ -206,6 +206,7 @@ STAGE = Stage(
     needs={"prompts": Need(Kind.PROMPTS, "prompts with a task and a reference to verify completions by")},
     gives=Kind.COMPLETIONS,
     run=run,
+    version=2,
     engines={"policy": "the model to evaluate"},
     adds=("mode", "finish_reason", "rendered_prompt"),
 )

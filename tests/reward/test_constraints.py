@@ -100,7 +100,8 @@ CASES: dict[str, list[tuple[dict[str, Any], list[str], list[str]]]] = {
          ["{'a': 1}", 'Here: {"a": 1}', "{", "[" * 100_000]),
     ],
     "detectable_format:title": [
-        ({}, ["<<poem>>\nx", "x <<a b>> y", "<<<a>>>"], ["<poem>", "<<>>", "<< >>", "<<poem\n>>", ">>a<<"]),
+        ({}, ["<<poem>>\nx", "x <<a b>> y", "<<<a>>>", "<<><>>"],
+         ["<poem>", "<<>>", "<< >>", "<<<>>>", "<<poem\n>>", ">>a<<"]),
     ],
     "combination:two_responses": [
         ({}, ["a\n******\nb", "******a******b******"], ["a", "a******a", "a***b", "a************b", "a******b******c"]),
@@ -269,6 +270,20 @@ def test_a_huge_text_hangs_no_check(piece: str) -> None:
     for name, cases in CASES.items():
         assert verify(text, _reference(name, cases[0][0])).verdict in ("passed", "failed")
     assert time.process_time() - start < 10
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("ALIGN_TEST_DATA" not in os.environ, reason="ALIGN_TEST_DATA names no folder")
+def test_every_instruction_of_the_benchmark_is_understood_with_the_arguments_that_it_comes_with() -> None:
+    file = Path(os.environ["ALIGN_TEST_DATA"], "ifeval", "input_data.jsonl")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    kinds = {
+        (name, frozenset(kwargs))
+        for row in rows
+        for name, kwargs in zip(row["instruction_id_list"], row["kwargs"], strict=True)
+    }
+    assert len(rows) == 541 and {name for name, _ in kinds} == set(CHECKS)
+    assert [row["key"] for row in rows if verify("some text", row).verdict == "error"] == []
 
 
 @pytest.mark.real_data

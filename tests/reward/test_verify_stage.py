@@ -14,6 +14,7 @@ from align.core.stage import Tools
 from align.core.store import Table
 from align.core.writer import DatasetWriter
 from align.progress import Silent
+from reward.formulas import version
 from reward.verify import STAGE, VerifyConfig
 
 GOOD: dict[str, Any] = {
@@ -157,9 +158,27 @@ def test_parquet_with_references_as_objects_is_read(tmp_path: Path) -> None:
             },
         },
     ]
+    code = {"task": "code", "completion": "def f():\n    return 2", "prompt": "Write f."}
+    lines += [
+        {**code, "reference": {"tests": ["assert f() == 2"], "io": None}},
+        {**code, "completion": "print(input())", "reference": {"io": [{"stdin": "a", "stdout": "a"}], "tests": None}},
+    ]
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "rows.parquet")
     rows, _ = _run(tmp_path / "rows.parquet", tmp_path)
-    assert [row["verdict"] for row in rows] == ["passed", "passed"]
+    assert [(row["verdict"], row["detail"]) for row in rows[2:]] == [
+        ("passed", "1 tests passed"),
+        ("passed", "1 inputs passed"),
+    ]
+    assert [row["verdict"] for row in rows[:2]] == ["passed", "passed"]
+
+
+@pytest.mark.skipif(version() is None, reason="the extra `math` isn't installed")
+def test_formulas_that_math_verify_was_asked_about_are_counted_in_the_summary(tmp_path: Path) -> None:
+    answers = [r"\boxed{x \le 3}", r"\boxed{x \le 4}", "#### 3"]
+    lines = [{**GOOD, "completion": answer, "reference": {"answer": r"(-\infty, 3]"}} for answer in answers]
+    rows, summary = _run(_write(tmp_path, lines), tmp_path)
+    assert [row["verdict"] for row in rows] == ["passed", "failed", "failed"]
+    assert summary["formulas"] == {"asked": 2, "undecided": 0, "math_verify": version()}
 
 
 def test_a_missing_file_is_told_before_anything_is_verified(tmp_path: Path) -> None:
