@@ -156,7 +156,7 @@ class _Reader:
         mantissa, _, exponent = token.lower().partition("e")
         if not token.isascii() or len(mantissa) > 300 or abs(int(exponent[:5] or 0)) > 300 or len(exponent) > 5:
             raise _NoArithmeticError
-        whole = Fraction(token)
+        whole = Fraction(int(token)) if token.isdigit() else Fraction(token)
         if token.isdigit() and self.tokens[-1:] == [r"\frac"] and (part := self.proper_fraction()) is not None:
             return whole + part  # 2\frac{1}{2} is a mixed number
         return whole

@@ -78,7 +78,7 @@ _AFTER_COMMAND = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _COMMAS = re.compile(r"(?<![\d.,(\[])(?<![(\[]-)(?<!\\\{)(?<!\\\{-)\d{1,3}(?:,\d{3})+(?![\d,])")  # in a list they part
 _TELLS_A_SET = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|mathbb|setminus)(?![A-Za-z])")
 _PM = r"\pm"
-_PLUS_MINUS = re.compile(r"(?<![\w)}])\\pm\s?")
+_PLUS_MINUS = re.compile(r"(?<![\w)}])\\pm(?![A-Za-z])\s?")
 _BRACKETS = ((r"\{", r"\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("{", "}"))
 _MOST_PARTS = 50
 _DEEPEST = 4
@@ -148,8 +148,8 @@ def _normalised(answer: str) -> str:
         text = _UNWRAP.sub(r" \1 ", text)
     text = re.sub(r"[$€£¥₹]", "", _SPACING.sub("", text)).strip(" \t*_`")
     text = re.sub(r"\.\s*\Z", "", text)
-    text = re.sub(r"^\(\s*([A-Za-z])\s*\)\Z", r"\1", text)  # choice (D)
-    text = re.sub(r"(?<=[\d)}])\s*,?\s+(?:and|or)\s+(?=\S*\d)", ",", text)
+    text = re.sub(r"^\(\s*([A-Za-z]|[-+]?[\d./]+)\s*\)\Z|^\{([^{},]*)\}\Z", r"\1\2", text)  # choice (D)
+    text = re.sub(r"(?<=[\d)}A-Z])\s*,?\s+(?:and|or)\s+(?=\S*\d|[A-Z]\b)", ",", text)
     text = _without_separators(text)
     text = re.sub(r"(?<=\d)\s+(\d+)\s*/\s*(\d+)\s*\Z", r"\\frac{\1}{\2}", _without_units(text))  # 1 1/2
     text = _PLAIN_FUNCTIONS.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", text)
@@ -294,7 +294,7 @@ def _list_of(text: str) -> tuple[str, list[str]] | None:
 
     `1 \pm \sqrt{2}` is the list of both.
     """
-    if text.count(r"\pm") == 1:
+    if text.count(_PM) == 1 and r"\pmod" not in text:
         text = f"{_PLUS_MINUS.sub('', text).replace(_PM, '+')},{text.replace(_PM, '-')}"
     brackets = ""
     for opening, closing in _BRACKETS:
@@ -326,8 +326,9 @@ def _same_formula(a: str, b: str, ask: AskFormulas | None) -> bool | None:
     """Whether two formulas or equations have the same values; words are no formulas."""
     if re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}|[^\x00-\x7f]", f"{a} {b}") or (a.isalpha() and b.isalpha()):
         return False
-    if a.count("=") != b.count("="):
-        return False
+    name, _, what = b.partition("=")
+    if a.count("=") != b.count("=") or (_NAME.fullmatch(name) and _number(what) is not None):
+        return False  # "2x = 4" is a way to "x = 2"
     found = _same_equation(a, b) if a.count("=") == 1 else None if "=" in a else _same_values(a, b)
     return ask(a, b) if found is None and ask is not None else found
 

@@ -50,11 +50,11 @@ class VerifyConfig(StageConfig):
 def run(config: VerifyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives every row with its verdict; the summary counts verdicts by task and says how code was isolated."""
     summary: dict[str, Any] = {"verdicts": {}}
-    return Result(_verified(config, tools, summary), summary, lenient=True)
-
-
-def _verified(config: VerifyConfig, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     parts = locate(config.data, None, None, None)
+    return Result(_verified(config, parts, tools, summary), summary, lenient=True)
+
+
+def _verified(config: VerifyConfig, parts: Sequence[Part], tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     counts: dict[str, Counter[str]] = {}
     passed = 0
     tools.progress.start(sum(part.count() for part in parts), "rows")
