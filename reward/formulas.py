@@ -26,8 +26,10 @@ from typing import Any
 WORKER = Path(__file__).with_name("formula_worker.py")
 CPU_S = 3
 """CPU seconds for one pair of formulas."""
-MEMORY_MB = 1024
-"""Address space of the worker, MiB; it needs about 300 for itself."""
+MEMORY_MB = 512
+"""Address space of the worker, MiB; it takes about 60 for itself."""
+_MOST_PAIRS = 5000
+"""Pairs after which the worker is replaced: what it keeps grows by about 20 KiB a pair."""
 _PATIENCE = 20
 """The backstop in seconds of the clock, as a multiple of `CPU_S`: for a machine that has no time for the worker."""
 _MOST_CHARACTERS = 600
@@ -58,6 +60,7 @@ class Formulas:
         self._limits = (str(cpu_s), str(memory_mb))
         self._cpu_s = cpu_s
         self._worker: subprocess.Popen[bytes] | None = None
+        self._answered = 0
         self._known: dict[tuple[str, str], tuple[bool | None, str]] = {}
 
     def __enter__(self) -> Formulas:
@@ -98,8 +101,8 @@ class Formulas:
         return self._known[pair]
 
     def _ask(self, answer: str, expected: str) -> tuple[bool | None, str]:
-        if self._worker is not None and self._worker.poll() is not None:
-            self._end()  # something ended it while it had nothing to do
+        if self._worker is not None and (self._worker.poll() is not None or self._answered >= _MOST_PAIRS):
+            self._end()  # it may have been ended while it had nothing to do
         worker = self._worker or self._start()
         assert worker.stdin is not None and worker.stdout is not None
         try:
@@ -112,6 +115,7 @@ class Formulas:
             line = b""
         if not line:
             return None, self._why_ended(worker)
+        self._answered += 1
         found = json.loads(line)
         return found["same"], found["problem"]
 
@@ -122,9 +126,10 @@ class Formulas:
         self._end()
         if status in (None, -signal.SIGPROF):
             return f"timeout: comparing the formulas takes more than {self._cpu_s} s of CPU"
-        return f"the process of math-verify ended (status {status})"
+        return f"the process of math-verify ended (status {status}); it may take {self._limits[1]} MiB of memory"
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._answered = 0
         command = [sys.executable, "-P", str(WORKER), *self._limits]
         self._worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

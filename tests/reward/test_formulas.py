@@ -105,6 +105,17 @@ def test_a_worker_that_something_else_killed_is_replaced_unnoticed(formulas: For
 
 
 @needs_extra
+def test_a_worker_is_replaced_after_some_thousand_pairs(formulas: Formulas, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert formulas.same("x > 60", "60 < x") is True
+    first = formulas._worker
+    assert first is not None
+    assert formulas.same("x > 61", "61 < x") is True and formulas._worker is first
+    monkeypatch.setattr(module, "_MOST_PAIRS", formulas._answered)
+    assert formulas.same("x > 62", "62 < x") is True
+    assert formulas._worker is not first and first.poll() is not None
+
+
+@needs_extra
 def test_the_worker_ends_with_its_owner_and_one_pair_is_computed_once() -> None:
     with Formulas() as formulas:
         assert formulas._worker is None
