@@ -110,10 +110,10 @@ def _compare(answer: str, expected: str, ask: AskFormulas | None, depth: int) ->
     a, b = _normalised(answer), _normalised(expected)
     if not a or not b:
         return False
-    if _AFTER_COMMAND.sub("", a) == _AFTER_COMMAND.sub("", b) or (
-        a.casefold() == b.casefold() and re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", a)
-    ):
+    if _AFTER_COMMAND.sub("", a) == _AFTER_COMMAND.sub("", b):
         return True
+    if a.casefold() == b.casefold() and (a.isalpha() or re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", a)):
+        return True  # words; "2AB" is not "2ab"
     digits, base = _based(b)
     if base:  # 52 will do for 52_8: the question asks for that base
         return _based(a) in ((digits, base), (digits, ""))

@@ -80,8 +80,11 @@ def _verified(config: VerifyConfig, parts: Sequence[Part], tools: Tools, summary
         summary["verdicts"] = {task: dict(of_task) for task, of_task in sorted(counts.items())}
         if verifiers.sandbox_report:
             summary["sandbox"] = verifiers.sandbox_report
-        if verifiers.formulas_report:
-            summary["formulas"] = verifiers.formulas_report
+        if formulas := verifiers.formulas_report:
+            summary["formulas"] = formulas
+            if formulas["undecided"]:
+                hint = f": {formulas['hint']}" if "hint" in formulas else ""
+                tools.progress.say(f"{formulas['undecided']} pairs of formulas could not be compared{hint}")
 
 
 def _rows(parts: Sequence[Part]) -> Iterator[tuple[Row, Any, str | None]]:

@@ -147,6 +147,7 @@ def test_near_misses_are_not_the_same(answer: str, expected: str) -> None:
 
 
 MORE_SPELLINGS = [
+    ("JUNE 20", "June 20"), ("no", "No"),
     ("(5)", "5"), ("{5}", "5"), ("B and A", "A, B"), ("y = 2", "2"),
     (r"\frac{1,234}{5}", "246.8"), (r"\left[-36, 104\right]", "[-36,104]"), (r"\{1,234\}", "1, 234"),
     ("-1,234", "-1234"), (r"\left[\begin{matrix}1\\2\end{matrix}\right]", r"\begin{pmatrix}1\\2\end{pmatrix}"),
@@ -173,6 +174,7 @@ MORE_SPELLINGS = [
 """An answer, and what is expected; not always the same the other way round."""
 
 MORE_NEAR_MISSES = [
+    ("2ab", "2AB"),
     ("2x = 4", "x = 2"), ("(5)", "-5"), ("x = 2", "x = 3"),
     ("(-1,200)", "-1200"), ("(1,200)", "1200"), ("[-36,104]", "-36104"), ("5", r"(-\infty,5]"),
     ("x+2", r"(1,2)\cup(3,4)"), (r"\{5\}", "6"), ("26%", "25"), ("0.25", "25"), ("2.5", r"25\%"), ("(1,2)", "1,2"),

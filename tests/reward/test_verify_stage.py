@@ -14,7 +14,7 @@ from align.core.stage import Tools
 from align.core.store import Table
 from align.core.writer import DatasetWriter
 from align.progress import Silent
-from reward.formulas import version
+from reward import formulas
 from reward.verify import STAGE, VerifyConfig
 
 GOOD: dict[str, Any] = {
@@ -172,13 +172,23 @@ def test_parquet_with_references_as_objects_is_read(tmp_path: Path) -> None:
     assert [row["verdict"] for row in rows[:2]] == ["passed", "passed"]
 
 
-@pytest.mark.skipif(version() is None, reason="the extra `math` isn't installed")
+@pytest.mark.skipif(formulas.version() is None, reason="the extra `math` isn't installed")
 def test_formulas_that_math_verify_was_asked_about_are_counted_in_the_summary(tmp_path: Path) -> None:
     answers = [r"\boxed{x \le 3}", r"\boxed{x \le 4}", "#### 3"]
     lines = [{**GOOD, "completion": answer, "reference": {"answer": r"(-\infty, 3]"}} for answer in answers]
     rows, summary = _run(_write(tmp_path, lines), tmp_path)
     assert [row["verdict"] for row in rows] == ["passed", "failed", "failed"]
-    assert summary["formulas"] == {"asked": 2, "undecided": 0, "math_verify": version()}
+    assert summary["formulas"] == {"asked": 2, "undecided": 0, "math_verify": formulas.version()}
+
+
+def test_without_the_extra_the_summary_says_once_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formulas, "version", lambda: None)
+    lines = [{**GOOD, "completion": r"\boxed{x \le 3}", "reference": {"answer": r"(-\infty, 3]"}}] * 3
+    rows, summary = _run(_write(tmp_path, lines), tmp_path)
+    assert [row["verdict"] for row in rows] == ["error"] * 3
+    assert summary["formulas"] == {"asked": 3, "undecided": 3, "math_verify": None, "hint": formulas.NO_EXTRA}
 
 
 def test_a_missing_file_is_told_before_anything_is_verified(tmp_path: Path) -> None:
