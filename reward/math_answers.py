@@ -13,7 +13,8 @@ from typing import Any
 from align.core.records import Verdict
 from reward.equations import Equation, equation_key, equations, equations_hold
 from reward.formulas import NO_EXTRA, Formulas
-from reward.same_answer import NUMBER, compare, same_answer
+from reward.same_answer import compare, same_answer
+from reward.spellings import NUMBER
 
 __all__ = ["Equation", "equation_key", "equations", "equations_hold", "final_answer", "same_answer", "verify"]
 

@@ -12,55 +12,15 @@ import cmath
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
 from string import ascii_letters
 
 from reward.arithmetic import MOST_CHARACTERS, value, value_at
+from reward.spellings import PLAIN_NUMBER, normalised, number
 
 AskFormulas = Callable[[str, str], bool | None]
 """Whether an answer and the expected formula mean the same, for what can't be told here; None where it can't either."""
 
-NUMBER = (
-    r"[-+−]?[^\S\n]*[$€£¥₹]?[^\S\n]*[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-)
-"""A number as people write it: sign, currency, thousands separators, decimals, exponent."""
-
 _QUICK = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d{1,18})", re.ASCII)
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_TEXT = r"\\(?:text|mbox|math|operatorname|boldsymbol)(?:bf|it|rm|sf|tt|cal|normal|up)?"
-_UNWRAP = re.compile(_TEXT + r"\s*\{([^{}]*)\}")
-_FUNCTION = re.compile(
-    r"\\(?:operatorname|mathrm|text)\s*\{\s*(arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln)\s*\}"
-)
-_UNIT = re.compile(  # 6\sqrt{3}\text{ cm}^2: what a formula is measured in
-    rf"(?<=[\w)}}\]])(?:\\[,;:! ]|\s)*{_TEXT}\s*\{{(?!\s*(?:[ap]\.?m\b|(?:hundred|\w+illion|thousand)\b))"
-    r"[^{}\d=]*[A-Za-z][^{}\d=]*\}\s*(?:\^\s*\{?\s*[23]\s*\}?)?\s*[.$]*\s*\Z"
-)
-_BARE_UNIT = re.compile(
-    r"(?<=[\w)}])\s+(?:(?:square|cubic|sq\.?|cu\.?)\s*)?(?:units?|inch(?:es)?|feet|foot|ft|miles?|yards?|[mck]m|[km]?g|"
-    r"(?:centi|kilo|milli)?met(?:er|re)s?|degrees?|radians?|hours?|minutes?|seconds?|days?|dollars?|cents?)"
-    r"(?:\s*\^\s*\{?[23]\}?)?\s*\.?\s*\Z"
-)
-_SPACING = re.compile(
-    r"\\!\s*|\\[,;:> ]|~|\\(?:left|right|displaystyle|quad|qquad|[bB]igg?[lr]?)(?![A-Za-z])"
-    r"|\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|°|\\degrees?"
-)
-_SPELLINGS = {
-    "−": "-", "–": "-", "×": r"\times ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
-    "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "·": r"\cdot ", "∅": r"\emptyset ",
-    "½": r"\frac{1}{2}", "²": "^2", "³": "^3", r"\varnothing": r"\emptyset ", r"\dfrac": r"\frac", r"\tfrac": r"\frac",
-    r"\cfrac": r"\frac", r"\leqslant": r"\le ", r"\geqslant": r"\ge ", r"\leq": r"\le ", r"\geq": r"\ge ",
-    r"\neq": r"\ne ", r"\lt": "<", r"\gt": ">", r"\lbrace": r"\{", r"\rbrace": r"\}", "{,}": ",", r"\%": "%",
-    r"\$": "$", r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\pounds": "£", r"\euro": "€",
-    "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'",
-}  # fmt: skip
-_SPELLING = re.compile(
-    "|".join(
-        re.escape(s) + ("(?![A-Za-z])" if s[1:].isalpha() and "frac" not in s else "")
-        for s in sorted(_SPELLINGS, key=len, reverse=True)
-    )
-)
-_PLAIN_FUNCTIONS = re.compile(r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sin|cos|tan|log|ln|pi|infinity)(?![A-Za-z])")
 _NAME = re.compile(  # what an answer may be said to be: x, AB, x_1, f(x), P(A), \angle ABC, \sin\theta
     r"(?:[A-Za-z]{1,40}|\\(?:angle|triangle|sin|cos|tan|cot|sec|csc) ?(?:[A-Za-z]{1,3}|\\[a-z]+)|\\(?!frac|sqrt)[a-z]+)"
     r"(?:_(?:\w|\{\w+\}))?'?(?:\([A-Za-z](?:,[A-Za-z])*\))?"
@@ -70,12 +30,7 @@ _LETTERS = [*ascii_letters, *("\\" + name for name in _GREEK)]
 _POINTS = [{x: 0.5 + (37 * ord(x[-1]) + 5 * len(x) + 61 * point) % 97 / 67 for x in _LETTERS} for point in range(3)]
 _CONSTANTS = {"i": 1j, "e": cmath.e}
 """What the two letters mean in most formulas; both readings are tried."""
-_NUMBER_AND_UNIT = re.compile(
-    rf"(?:{NUMBER}(?:\s*/\s*\d+)?|[-+]?\s*\d*\s*\\frac\s*(?:\{{\d+\}}\s*\{{\d+\}}|\d\d))(?=[\s%/]|\Z)"
-)
-_PLAIN_NUMBER = re.compile(r"[-+]*(?:[\d.]+(?:[eE][-+]?\d+)?(?:/[-+]?[\d.]+)?|\d*\\frac\{-?\d+\}\{-?\d+\})")
 _AFTER_COMMAND = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_COMMAS = re.compile(r"(?<![\d.,(\[])(?<![(\[]-)(?<!\\\{)(?<!\\\{-)\d{1,3}(?:,\d{3})+(?![\d,])")  # in a list they part
 _TELLS_A_SET = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|mathbb|setminus)(?![A-Za-z])")
 _PM = r"\pm"
 _PLUS_MINUS = re.compile(r"(?<![\w)}])\\pm(?![A-Za-z])\s?")
@@ -107,7 +62,7 @@ def compare(answer: str, expected: str, ask: AskFormulas | None = None) -> bool 
 def _compare(answer: str, expected: str, ask: AskFormulas | None, depth: int) -> bool | None:
     if max(len(answer), len(expected)) > 4 * MOST_CHARACTERS or depth > _DEEPEST:
         return bool(answer.strip()) and answer.split() == expected.split()
-    a, b = _normalised(answer), _normalised(expected)
+    a, b = normalised(answer), normalised(expected)
     if not a or not b:
         return False
     if _AFTER_COMMAND.sub("", a) == _AFTER_COMMAND.sub("", b):
@@ -118,7 +73,7 @@ def _compare(answer: str, expected: str, ask: AskFormulas | None, depth: int) ->
     if base:  # 52 will do for 52_8: the question asks for that base
         return _based(a) in ((digits, base), (digits, ""))
     a, b = _without_names(a, b)
-    number_a, number_b = _number(a), _number(b)
+    number_a, number_b = number(a), number(b)
     if number_a is not None and number_b is not None:
         return number_a == number_b or _same_percent(answer, number_a, expected, number_b)
     if number_b is not None:
@@ -126,7 +81,7 @@ def _compare(answer: str, expected: str, ask: AskFormulas | None, depth: int) ->
         return re.fullmatch(power_of_ten, a) is not None and value(a) == number_b
     if number_a is not None and ((exact := value(b)) is not None or "." in a):
         return number_a == exact
-    if (number_a is None and _PLAIN_NUMBER.fullmatch(a)) or _PLAIN_NUMBER.fullmatch(b):
+    if (number_a is None and PLAIN_NUMBER.fullmatch(a)) or PLAIN_NUMBER.fullmatch(b):
         return False  # too large for a number, and not the same text
     return _same_parts(a, b, ask, depth) if _has_parts(a) or _has_parts(b) else _same_formula(a, b, ask)
 
@@ -135,66 +90,6 @@ def _based(text: str) -> tuple[str, str]:
     """The digits of a number such as 52_8, and its base; the text and nothing for any other."""
     found = re.fullmatch(r"(-?\w+?)_(?:(\d+)|\{(\d+)\})", text)
     return (found[1], found[2] or found[3]) if found and found[1][-1].isdigit() else (text, "")
-
-
-@lru_cache(maxsize=2000)  # the samples of a problem share its reference, and often their answers
-def _normalised(answer: str) -> str:
-    """One spelling of an answer: no mark-up, currency, degrees, units in words, thousands separators or spacing."""
-    text = answer.replace(r"\\", "\n") if r"\begin" in answer else answer.replace("\n", " ")  # a matrix keeps its rows
-    text = _SPELLING.sub(lambda m: _SPELLINGS[m[0]], text).strip(" \t*_`")
-    text = _FUNCTION.sub(lambda m: "\\" + m[1] + " ", text)
-    text = _BARE_UNIT.sub("", _UNIT.sub("", text)) if re.search(r"\d|\\(?:pi|sqrt)", text) else text
-    for _ in range(3):  # \text{} may stand inside \text{}
-        text = _UNWRAP.sub(r" \1 ", text)
-    text = re.sub(r"[$€£¥₹]", "", _SPACING.sub("", text)).strip(" \t*_`")
-    text = re.sub(r"\.\s*\Z", "", text)
-    text = re.sub(r"^\(\s*([A-Za-z]|[-+]?[\d./]+)\s*\)\Z|^\{([^{},]*)\}\Z", r"\1\2", text)  # choice (D)
-    text = re.sub(r"(?<=[\d)}A-Z])\s*,?\s+(?:and|or)\s+(?=\S*\d|[A-Z]\b)", ",", text)
-    text = _without_separators(text)
-    text = re.sub(r"(?<=\d)\s+(\d+)\s*/\s*(\d+)\s*\Z", r"\\frac{\1}{\2}", _without_units(text))  # 1 1/2
-    text = _PLAIN_FUNCTIONS.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", text)
-    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text))
-    text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
-    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
-    text = re.sub(r"(?<![\w)}\s])\+(?=\\infty|\d)", "", text)
-    text = re.sub(r"(\\[A-Za-z]+)[^\S\n]+(?=[A-Za-z])", "\\1\x00", text)  # "\pi r" is not "\pir"
-    text = re.sub(r"(?<!\d)[^\S\n]+|[^\S\n]+(?!\d)", "", text).replace("\x00", " ")  # "7 2" is not 72
-    text = re.sub(r"\A[A-Za-z]\\in(?![A-Za-z])", "", text.strip("\n"))
-    text = re.sub(r"\A[\[(](\\begin\{.*\})[\])]\Z", r"\1", text, flags=re.DOTALL)
-    return re.sub(r"\A\\\{([^,{}\\]+)\\\}\Z", r"\1", text)  # a set of one
-
-
-def _without_separators(text: str) -> str:
-    """Numbers without thousands separators: 1,234.5 and 1 234, as long as they can be read in one way only.
-
-    1.234,5 and 1.234.567 are read the European way, for read otherwise they are no numbers. 1.234 is a decimal and 3,5
-    is a list.
-    """
-    text = re.sub(_COMMAS, lambda m: m[0].replace(",", ""), text)
-    text = re.sub(
-        r"(?<![\w.,'/])(?<!\d )\d{1,3}(?:[ ']\d{3})+(?!\d|[/']| \d)", lambda m: re.sub("[ ']", "", m[0]), text
-    )
-    return re.sub(
-        r"(?<![\d.,])(?:(\d{1,3}(?:\.\d{3})+),(\d+)|\d{1,3}(?:\.\d{3}){2,})(?![\d.,])",
-        lambda m: f"{m[1].replace('.', '')}.{m[2]}" if m[1] else m[0].replace(".", ""),
-        text,
-    )
-
-
-def _without_units(text: str) -> str:
-    """A number without the words after it ("72 clips", "5 km/h", "20%"), times the scale they name ("2 million")."""
-    match = _NUMBER_AND_UNIT.match(text)
-    if not match:
-        return text
-    number, after = match[0], text[match.end() :].replace("%", " ")
-    words = re.findall(r"[A-Za-z]+|[^A-Za-z\s]", after)
-    for before, word in zip(["", *words], words, strict=False):
-        is_unit = len(word) > 1 and word.lower() not in ("am", "pm")
-        if not (is_unit or before in ("/", "per") or (before and word in "/.,^-()2")):
-            return text
-    scale = _SCALES.get(words[0].lower()) if words else None
-    exact = _number("".join(number.replace(",", "").split())) if scale else None
-    return number if scale is None or exact is None else str(exact * scale)
 
 
 def _without_names(a: str, b: str) -> tuple[str, str]:
@@ -226,18 +121,6 @@ def _same_percent(a: str, number_a: Fraction, b: str, number_b: Fraction) -> boo
 def _is_percent(answer: str) -> bool:
     text = answer.rstrip(" \t.$*)\\")
     return text.endswith("%") or text[-7:].lower() == "percent"
-
-
-def _number(text: str) -> Fraction | None:
-    """The exact value of a plain number, a fraction or a mixed number; None for a sum, a product or a formula."""
-    if _PLAIN_NUMBER.fullmatch(text):
-        return value(text)
-    repeating = re.fullmatch(r"(-?)(\d{1,20})\.(\d{0,20})\\(?:overline|bar)\{(\d{1,20})\}", text)
-    if not repeating:
-        return None
-    sign, whole, fixed, period = repeating.groups()
-    exact = Fraction(int(whole + fixed + period) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(period) - 1))
-    return -exact if sign else exact
 
 
 def _has_parts(text: str) -> bool:
@@ -327,7 +210,7 @@ def _same_formula(a: str, b: str, ask: AskFormulas | None) -> bool | None:
     if re.search(r"(?<![\\A-Za-z])[A-Za-z]{4,}|[^\x00-\x7f]", f"{a} {b}") or (a.isalpha() and b.isalpha()):
         return False
     name, _, what = b.partition("=")
-    if a.count("=") != b.count("=") or (_NAME.fullmatch(name) and _number(what) is not None):
+    if a.count("=") != b.count("=") or (_NAME.fullmatch(name) and number(what) is not None):
         return False  # "2x = 4" is a way to "x = 2"
     found = _same_equation(a, b) if a.count("=") == 1 else None if "=" in a else _same_values(a, b)
     return ask(a, b) if found is None and ask is not None else found
