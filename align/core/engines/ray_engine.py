@@ -268,6 +268,8 @@ class RayEngine:
         except self._ray.exceptions.RayTaskError as problem:
             raise self._told(problem) from problem
         except self._ray.exceptions.RayError as problem:
+            if "creation task" in str(problem):  # it never was there, and would not be at the next try
+                raise self._told(problem) from problem
             self._lost(worker, problem)
             return
         if version != self._made_of[2]:
@@ -334,16 +336,17 @@ class RayEngine:
         )
 
     def _told(self, problem: Any) -> EngineError:
-        """A worker's error as ours: the message of an `AlignError`, the first line of any other."""
+        """A worker's error as ours: the message of an `AlignError`, the last line of any other's traceback."""
         cause = getattr(problem, "cause", None)
         if isinstance(cause, AlignError):
             return EngineError(
                 f"on a worker of the Ray cluster: {cause} (a model's folder must be there under the same path on every "
                 "machine; else give a Hub id)"
             )
+        last = str(problem).strip().splitlines()[-1].strip()
         return EngineError(
-            f"on a worker of the Ray cluster: {_first_line(cause or problem)}; `align` and what its engine needs must "
-            f"be installed on every machine of the cluster\n{problem}"
+            f"on a worker of the Ray cluster: {last}; `align` and what its engine needs must be installed on every "
+            f"machine of the cluster\n{problem}"
         )
 
 
@@ -414,7 +417,8 @@ def _connect(address: str) -> tuple[Any, bool]:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as problem:
             raise EngineError(
                 f"ray: no cluster can be reached at '{address}': {_first_line(problem)}; start one (`ray start --head` "
-                "on one machine, `ray start --address=HOST:PORT` on the others), and run align on one of its machines"
+                "on one machine, `ray start --address=HOST:PORT` on the others), and run align on one of its machines, "
+                "with the cluster's token where it has one (RAY_AUTH_TOKEN)"
             ) from problem
     _opened += 1
     return ray, True

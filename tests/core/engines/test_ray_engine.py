@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -195,6 +196,20 @@ def test_what_a_worker_refuses_is_told_with_what_the_cluster_needs(cluster: str)
     engine = _engine(cluster, "missing", workers=1, cpus=0)
     try:
         with pytest.raises(EngineError, match=r"worker of the Ray cluster: words: no such model folder.*same path"):
+            _all(engine, ["one"], 1, PARAMS)
+    finally:
+        engine.close()
+
+
+def test_what_is_not_installed_on_a_workers_machine_is_told_at_once(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("def make(settings): raise AssertionError('never called')")
+    monkeypatch.syspath_prepend(tmp_path)
+    missing = importlib.import_module("only_here").make
+    engine = RayEngine(missing, Settings(), RaySettings(address=cluster, workers=1, cpus=0), "words")
+    try:
+        with pytest.raises(EngineError, match=r"No module named 'only_here'; `align` and what its engine needs"):
             _all(engine, ["one"], 1, PARAMS)
     finally:
         engine.close()

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,9 +340,17 @@ def test_the_real_one_keeps_to_choices_schemas_and_greedy(tmp_path: Path) -> Non
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     made = _all(engine, prompts, 2, SamplingParams(max_tokens=30, json_schema=json.dumps(schema)))
     assert {done.text for done in made.values()} <= {'{"a":1}', '{"a":2}'}
-    greedy = SamplingParams(max_tokens=12, temperature=0, repetition_penalty=1.3)
-    own = TransformersEngine(tiny_model("qwen2", hidden_size=256), TOKENIZER)
-    assert _all(engine, prompts, 1, greedy) == _all(own, prompts, 1, greedy)
+    model = tiny_model("qwen2", hidden_size=256)
+    greedy = SamplingParams(max_tokens=12, temperature=0)
+    assert _all(engine, prompts, 1, greedy) == _all(TransformersEngine(model, TOKENIZER), prompts, 1, greedy)
+    penalised = _all(engine, prompts, 1, replace(greedy, repetition_penalty=1.3))
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt_ids(TOKENIZER, prompt)])
+        want = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, repetition_penalty=1.3,
+            eos_token_id=[EOS, IM_END], pad_token_id=EOS,
+        )[0, ids.shape[1] :]  # fmt: skip
+        assert penalised[number, 0].token_ids == tuple(want.tolist())
 
 
 # vLLM's source, read and never run.
