@@ -202,7 +202,6 @@ STAGE = Stage(
     needs={"prompts": Need(Kind.PROMPTS, "prompts with a task and a reference answer")},
     gives=Kind.COMPLETIONS,
     run=run,
-    version=2,
     engines={"sampler": "the model that answers", "judge": "a model that says whether a right path is reasonable"},
     optional_engines=("judge",),
     reads=("judge_template",),
