@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from align.core.engines.completion_file import kept_in
 from align.core.engines.scripted import ScriptedEngine
 from align.core.manifest import Manifest
 from align.core.store import Table
 from tests.e2e.command import align, jsonl, manifest, refused, rows
-from tests.e2e.test_killed import _completions
 from tests.reward.judges import blocks
 from tests.reward.test_judged import run
 
@@ -86,7 +86,7 @@ def test_a_judging_that_is_killed_goes_on_and_pays_for_nothing_twice(tmp_path: P
     for least in (20, 90):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         until = time.monotonic() + 120
-        while not cache.exists() or _completions(cache) < least:
+        while not cache.exists() or kept_in(cache) < least:
             assert process.poll() is None and time.monotonic() < until, process.communicate()
             time.sleep(0.005)
         process.kill()
