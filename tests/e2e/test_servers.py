@@ -116,7 +116,7 @@ def test_ctrl_c_ends_at_once_though_servers_are_slow_and_tells_what_was_used(tmp
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         said, errors = process.communicate(timeout=15)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         assert process.returncode == 130 and "Traceback" not in errors and "goes on from here" in errors
         assert "sample: sampler: requests" in said and "cost $0.0" in said
         first.fault = second.fault = lambda seen: None
