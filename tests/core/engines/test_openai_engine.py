@@ -331,7 +331,7 @@ FAULTS = {
     "503 with retry-after": (Fault(503, (("Retry-After", "0.05"),)), "status 503"),
     "dropped": (Fault(drop=True), "connection"),
     "half an answer": (Fault(cut=True), "connection"),
-    "slow": (Fault(after_s=1.2), "timeout"),
+    "slow": (Fault(after_s=5.0), "timeout"),
     "half of the JSON": (Fault(body=b'{"choices": [{"index": 0, "mess'), "malformed answer"),
     "no JSON": (Fault(body=b"<html>welcome</html>"), "malformed answer"),
     "an error with status 200": (Fault(body=b'{"error": {"message": "busy"}}'), "malformed answer"),
@@ -351,7 +351,7 @@ def test_what_failed_once_is_asked_again_and_the_samples_are_those_of_a_run_with
     name: str, expected: dict[Any, Completion]
 ) -> None:
     fault, reason = FAULTS[name]
-    with FailingServer(first(fault)) as server, engine_of(server, timeout_s=0.4 if fault.after_s else 60) as engine:
+    with FailingServer(first(fault)) as server, engine_of(server, timeout_s=1.5 if fault.after_s else 60) as engine:
         assert table(engine, CHATS) == expected
         assert [seen.attempt for seen in server.seen].count(1) == 12
         assert all(seen.attempt <= 1 for seen in server.seen)
@@ -545,7 +545,7 @@ def test_work_goes_to_whichever_server_has_room() -> None:
         with engine_of(quick, slow, concurrency=3) as engine:
             table(engine, CHATS * 5, 2)
         assert len(quick.seen) + len(slow.seen) == 60
-        assert len(quick.seen) > 3 * len(slow.seen) > 0
+        assert len(quick.seen) > 1.5 * len(slow.seen) > 0
         assert max(quick.most_at_once, slow.most_at_once) <= 3
 
 
