@@ -72,6 +72,19 @@ def test_a_right_program_passes_and_a_wrong_answer_fails(verifier: CodeVerifier,
     assert wrong.detail in ("input 1: wrote '-1\\n', expected '5\\n'", "input 1: wrote '6\\n', expected '5\\n'")
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("python", "print('\u6570' * 200_000)"), ("javascript", "console.log('\u6570'.repeat(200_000))")],
+)
+def test_a_long_output_of_wide_characters_is_compared_whole(verifier: CodeVerifier, name: str, source: str) -> None:
+    """Three bytes each, 600,000 in all: more than twice the number of characters and 64 KiB."""
+    if name != "python":
+        need(verifier, name)
+    for count, verdict in ((200_000, "passed"), (199_999, "failed")):
+        io = [{"stdin": "", "stdout": "\u6570" * count}]
+        assert verifier.verify(source, {"io": io, "language": name}).verdict == verdict
+
+
 @pytest.mark.slow
 def test_a_program_that_uses_much_of_its_language_runs(verifier: CodeVerifier, language: str) -> None:
     source, stdin, expected = WIDE[language]
