@@ -292,7 +292,7 @@ def test_an_execution_that_can_not_be_confined_is_the_machines_failure_and_says_
             lambda: slot.check("def f(): pass", ["f()"]),
             lambda: slot.program("print(1)", b""),
         ):
-            with pytest.raises(Trouble, match="could not be set up: .*int too"):
+            with pytest.raises(Trouble, match=r"could not be set up: .*int too"):
                 ask()
         assert slot.journal.given_up == 3
         assert slot.journal.repeated == 3 * 2
