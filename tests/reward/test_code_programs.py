@@ -290,11 +290,14 @@ with CodeVerifier(1) as verifier:
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
     assert folder.is_dir()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(command(p) == b"/build/program" for p in descendants(process.pid)):
-        time.sleep(0.05)
-    inside = descendants(process.pid)
-    assert any(command(p) == b"/build/program" for p in inside)
+    deadline, inside, seen = time.monotonic() + 60, list[int](), dict[int, float]()
+    while time.monotonic() < deadline and not any(time.monotonic() - seen[p] > 1 for p in inside if p in seen):
+        time.sleep(0.05)  # the trivial program, which runs before, is gone by then
+        inside = descendants(process.pid)
+        for pid in inside:
+            if command(pid) == b"/build/program":
+                seen.setdefault(pid, time.monotonic())
+    assert any(command(pid) == b"/build/program" for pid in inside)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 10
