@@ -71,9 +71,7 @@ def verify_program(
         if compiled.ended:
             return Verdict.of(False, line(f"does not compile: {_compilers_message(compiled)}"))
         for number, case in enumerate(cases, 1):
-            ran = workshop.run(
-                case["stdin"].encode("utf-8", "surrogatepass"), slot.limits, 2 * len(case["stdout"]) + (64 << 10)
-            )
+            ran = workshop.run(as_bytes(case["stdin"]), slot.limits, enough_for(case["stdout"]))
             slot.journal.timeouts += bool(ran.timeout)
             if ran.timeout:
                 return Verdict.error(f"timeout: more than {ran.timeout} on input {number}")
@@ -89,6 +87,16 @@ def verify_program(
         return in_workshop(slot, toolchains.find(language), judged)
     except MissingToolchain as missing:
         return Verdict.error(line(str(missing)))
+
+
+def as_bytes(text: str) -> bytes:
+    """An input as a program reads it."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def enough_for(expected: str) -> int:
+    """How many bytes of an output to keep, so that it can be told from what was expected and be shown."""
+    return 2 * len(as_bytes(expected)) + (64 << 10)
 
 
 def wrong_output(output: bytes, cut: bool, expected: str) -> str:

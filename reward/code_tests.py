@@ -29,7 +29,7 @@ from align.core.sandbox.inside.codec import CodecError
 from align.core.sandbox.programs import COMPILING
 from align.core.sandbox.toolchains import Toolchains
 from reward.code_asserts import Expectation, compiles, from_asserts, from_check, tested_name
-from reward.code_programs import FENCES, unknown_language, verify_program, wrong_output
+from reward.code_programs import FENCES, as_bytes, enough_for, unknown_language, verify_program, wrong_output
 from reward.code_programs import line as _line
 from reward.code_programs import show as _show
 
@@ -314,9 +314,7 @@ def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
 
 def _verify_program(slot: Slot, code: str, cases: Sequence[Mapping[str, str]]) -> Verdict:
     for number, case in enumerate(cases, 1):
-        output = slot.program(
-            code, case["stdin"].encode("utf-8", "surrogatepass"), 2 * len(case["stdout"]) + (64 << 10)
-        )
+        output = slot.program(code, as_bytes(case["stdin"]), enough_for(case["stdout"]))
         if output.timeout:
             return Verdict.error(_line(f"timeout: more than {output.timeout} on input {number}"))
         if output.raised is not None:

@@ -72,6 +72,19 @@ def test_a_right_program_passes_and_a_wrong_answer_fails(verifier: CodeVerifier,
     assert wrong.detail in ("input 1: wrote '-1\\n', expected '5\\n'", "input 1: wrote '6\\n', expected '5\\n'")
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("python", "print('\u6570' * 200_000)"), ("javascript", "console.log('\u6570'.repeat(200_000))")],
+)
+def test_a_long_output_of_wide_characters_is_compared_whole(verifier: CodeVerifier, name: str, source: str) -> None:
+    """Three bytes each, 600,000 in all: more than twice the number of characters and 64 KiB."""
+    if name != "python":
+        need(verifier, name)
+    for count, verdict in ((200_000, "passed"), (199_999, "failed")):
+        io = [{"stdin": "", "stdout": "\u6570" * count}]
+        assert verifier.verify(source, {"io": io, "language": name}).verdict == verdict
+
+
 @pytest.mark.slow
 def test_a_program_that_uses_much_of_its_language_runs(verifier: CodeVerifier, language: str) -> None:
     source, stdin, expected = WIDE[language]
@@ -277,11 +290,14 @@ with CodeVerifier(1) as verifier:
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
     assert folder.is_dir()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not any(command(p) == b"/build/program" for p in descendants(process.pid)):
-        time.sleep(0.05)
-    inside = descendants(process.pid)
-    assert any(command(p) == b"/build/program" for p in inside)
+    deadline, inside, seen = time.monotonic() + 60, list[int](), dict[int, float]()
+    while time.monotonic() < deadline and not any(time.monotonic() - seen[p] > 1 for p in inside if p in seen):
+        time.sleep(0.05)  # the trivial program, which runs before, is gone by then
+        inside = descendants(process.pid)
+        for pid in inside:
+            if command(pid) == b"/build/program":
+                seen.setdefault(pid, time.monotonic())
+    assert any(command(pid) == b"/build/program" for pid in inside)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 10
