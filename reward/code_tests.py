@@ -39,6 +39,8 @@ _KEYS = {
     "io": {"io", "prompt", "language"},
 }
 
+_NOT_COMPILED = ("SyntaxError", "IndentationError", "TabError")
+
 
 class CodeVerifier:
     """Verifies programs against their tests; a context manager that owns a `Sandbox`.
@@ -306,7 +308,7 @@ def _judge_raised(raised: Mapping[str, Any], where: str, test: str) -> Verdict:
     if where == "setup":
         return Verdict.error(_line(f"reference: setup raised {message}"))
     if where == "code":
-        compiles = raised.get("type") not in ("SyntaxError", "IndentationError", "TabError")
+        compiles = raised.get("type") not in _NOT_COMPILED
         what = "the program raised" if compiles else "does not compile:"
         return Verdict.of(False, _line(f"{what} {message}{line}"))
     return Verdict.of(False, _line(f"{test}: raised {message}{line}"))
@@ -318,7 +320,8 @@ def _verify_program(slot: Slot, code: str, cases: Sequence[Mapping[str, str]]) -
         if output.timeout:
             return Verdict.error(_line(f"timeout: more than {output.timeout} on input {number}"))
         if output.raised is not None:
-            return _judge_raised(output.raised, "call", f"input {number}")
+            where = "code" if output.raised.get("type") in _NOT_COMPILED else "call"
+            return _judge_raised(output.raised, where, f"input {number}")
         if output.ended not in ("", "exit status 0"):
             return Verdict.of(False, f"input {number}: the program ended early ({output.ended})")
         problem = wrong_output(output.text, output.cut, case["stdout"])

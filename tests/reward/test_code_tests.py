@@ -125,7 +125,7 @@ PROGRAM = {"io": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "4\n", "stdout": 
         ("print(int(input()) ** 2)\nwhile True: pass", "error", "timeout"),
         ("print(int(input()) ** 2)\nprint('x' * 10**6)", "failed", "input 1"),
         ("open('/dev/stdout', 'w').write('9')", "failed", "input 1"),
-        ("x = (", "failed", "SyntaxError"),
+        ("x = (", "failed", "does not compile: SyntaxError"),
     ],
 )
 def test_a_program_is_judged_on_all_that_it_writes(
