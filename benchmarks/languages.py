@@ -150,7 +150,7 @@ def main() -> None:
         "programs": settings.programs,
         "inputs": settings.inputs,
         "machine": {
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
             "cores": os.cpu_count(),
             "load": round(load, 2),
             "python": platform.python_version(),

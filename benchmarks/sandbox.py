@@ -150,7 +150,7 @@ def main() -> None:
         "executions": settings.executions,
         "rounds": settings.rounds,
         "machine": {
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "load": [round(x, 1) for x in os.getloadavg()],

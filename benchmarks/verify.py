@@ -111,7 +111,7 @@ def main() -> None:
         "question": "rows that `align verify` does in a second of CPU (start-up taken off), and its peak memory",
         "cases": found,
         "machine": {
-            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         },
