@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +24,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 from align.core.engines.base import Completion, Engine, Prompt, SamplingParams
 from align.core.engines.cache import CachedEngine
@@ -125,14 +125,6 @@ def pairs(rounds: int, prompts: int, tokens: int, folder: Path) -> dict[str, Any
     return found
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=100_000, help="of the large runs; 8 samples each")
@@ -149,8 +141,7 @@ def main() -> None:
         return
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]},
-        "python": platform.python_version(),
+        "machine": machine(),
     }
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

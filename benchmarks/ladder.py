@@ -15,14 +15,13 @@ import datetime
 import itertools
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from machine import machine
 
 from align.core.manifest import Manifest, versions
 from align.core.store import Table
@@ -80,14 +79,6 @@ def run(seed: int, folder: Path) -> dict[str, Manifest]:
     file.write_text(yaml.safe_dump(recipe(seed), sort_keys=False))
     subprocess.run([sys.executable, "-m", "align.cli", "run", str(file), f"out={folder / 'run'}"], check=True)
     return {path.parent.name: Manifest.read(path.parent) for path in (folder / "run").glob("*/manifest.json")}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    model = models[0].split(":", 1)[1].strip() if models else platform.machine()
-    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def mean_and_error(values: list[float]) -> dict[str, float]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,6 +19,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+
+from machine import machine
 
 from align.core.sandbox import Limits, Sandbox
 from align.core.sandbox.inside.zygote import cpu_used
@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=5)
     parser.add_argument("--out", type=Path)
     settings = parser.parse_args()
-    load = os.getloadavg()[0]
     found: dict[str, dict[str, float]] = {}
     missing, versions = {}, {}
     with Toolchains() as toolchains:
@@ -149,12 +148,7 @@ def main() -> None:
         "missing": missing,
         "programs": settings.programs,
         "inputs": settings.inputs,
-        "machine": {
-            "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
-            "cores": os.cpu_count(),
-            "load": round(load, 2),
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if settings.out:

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from machine import machine
 
 from align.core.engines.base import SamplingParams
 from align.core.engines.openai_engine import OpenAIEngine
@@ -71,12 +71,6 @@ def client_way(url: str, count: int, concurrency: int) -> None:
 WAYS = {"engine": engine_way, "official client alone": client_way}
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
@@ -102,8 +96,8 @@ def main() -> None:
     server.wait()
     figures = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "openai": openai.__version__},
+        "machine": machine(),
+        "versions": {"openai": openai.__version__},
         "requests": args.requests,
         "rounds": args.rounds,
         "concurrency": args.concurrency,

@@ -16,7 +16,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,6 +26,8 @@ from datetime import UTC, datetime
 from functools import partial
 from multiprocessing.managers import ListProxy
 from pathlib import Path
+
+from machine import machine
 
 from align.core.errors import SandboxError
 from align.core.sandbox import Sandbox
@@ -149,12 +150,7 @@ def main() -> None:
         },
         "executions": settings.executions,
         "rounds": settings.rounds,
-        "machine": {
-            "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "load": [round(x, 1) for x in os.getloadavg()],
-        },
+        "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if settings.out:

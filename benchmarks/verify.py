@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 Row = dict[str, Any]
 
@@ -110,11 +111,7 @@ def main() -> None:
     result = {
         "question": "rows that `align verify` does in a second of CPU (start-up taken off), and its peak memory",
         "cases": found,
-        "machine": {
-            "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if settings.out:

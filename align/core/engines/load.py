@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,17 @@ def content_hash(model: Any, tokenizer: Any) -> str:
     hasher.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
     hasher.update(str(tokenizer.chat_template).encode())
     return hasher.hexdigest()
+
+
+def misfit(ids: Sequence[int], max_tokens: int, max_context: int | None, vocabulary: int) -> str:
+    """Why a prompt can't be sampled from; empty if it can. A completion is never cut short to make it fit."""
+    if not ids:
+        return "the prompt is empty: it has no tokens"
+    if max_context is not None and len(ids) + max_tokens > max_context:
+        return (
+            f"the prompt doesn't fit: {len(ids)} tokens and max_tokens {max_tokens} exceed the context of "
+            f"{max_context} tokens; shorten the prompt or lower max_tokens"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        return f"the prompt has token ids outside the model's vocabulary of {vocabulary}"
+    return ""

@@ -18,7 +18,7 @@ from align.core.chat import prompt_ids
 from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.engines.decoder import Decoder
 from align.core.engines.generic_decoder import GenericDecoder
-from align.core.engines.load import content_hash, end_ids, find_device, load_model, load_tokenizer
+from align.core.engines.load import content_hash, end_ids, find_device, load_model, load_tokenizer, misfit
 from align.core.engines.quick_decoder import QuickDecoder
 from align.core.engines.quick_weights import QuickWeights, is_quick
 from align.core.engines.slots import Endings, Job, SlotLoop
@@ -184,12 +184,13 @@ class TransformersEngine:
         """Prompts as token ids, read a block ahead; within a block sorted by length, so that neighbours are alike."""
         numbered = enumerate(prompts)
         indices = range(first_index, first_index + n)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
         while block := list(islice(numbered, max(8, 2 * self.slots // n))):
             jobs: list[Job] = []
             for number, prompt in block:
                 try:
                     ids = prompt_ids(self.tokenizer, prompt)
-                    problem = self._misfit(ids, params)
+                    problem = misfit(ids, params.max_tokens, self.max_context, vocabulary)
                 except DataError as refused:
                     ids, problem = [], str(refused)
                 if problem:
@@ -198,17 +199,3 @@ class TransformersEngine:
                     jobs += [Job(number, ids, indices[i : i + self.slots]) for i in range(0, n, self.slots)]
             jobs.sort(key=lambda job: len(job.ids))
             yield from jobs
-
-    def _misfit(self, ids: list[int], params: SamplingParams) -> str:
-        """Why a prompt can't be sampled from; empty if it can."""
-        if not ids:
-            return "the prompt is empty: it has no tokens"
-        if self.max_context is not None and len(ids) + params.max_tokens > self.max_context:
-            return (
-                f"the prompt doesn't fit: {len(ids)} tokens and max_tokens {params.max_tokens} exceed the context of "
-                f"{self.max_context} tokens; shorten the prompt or lower max_tokens"
-            )
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            return f"the prompt has token ids outside the model's vocabulary of {vocabulary}"
-        return ""

@@ -23,7 +23,7 @@ import torch
 from align.core.chat import prompt_ids
 from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.engines.draws import sample_key
-from align.core.engines.load import end_ids, load_model, load_tokenizer, pinned
+from align.core.engines.load import end_ids, load_model, load_tokenizer, misfit, pinned
 from align.core.errors import DataError, EngineError, ModelError
 
 _COLDEST, _HOTTEST = 0.01, 2.0
@@ -253,24 +253,11 @@ class VllmEngine:
         for number, prompt in enumerate(prompts):
             try:
                 ids = prompt_ids(self.tokenizer, prompt)
-                problem = self._misfit(ids, params)
+                problem = misfit(ids, params.max_tokens, self.max_context, self._vocabulary)
             except DataError as refused:
                 ids, problem = [], str(refused)
             for index in range(first_index, first_index + n):
                 yield number, index, ids, problem
-
-    def _misfit(self, ids: list[int], params: SamplingParams) -> str:
-        """Why a prompt can't be sampled from; empty if it can. vLLM itself would cut the completion short."""
-        if not ids:
-            return "the prompt is empty: it has no tokens"
-        if len(ids) + params.max_tokens > self.max_context:
-            return (
-                f"the prompt doesn't fit: {len(ids)} tokens and max_tokens {params.max_tokens} exceed the context of "
-                f"{self.max_context} tokens; shorten the prompt or lower max_tokens"
-            )
-        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            return f"the prompt has token ids outside the model's vocabulary of {self._vocabulary}"
-        return ""
 
     def _options(self, params: SamplingParams) -> dict[str, Any]:
         """The arguments of vLLM's own parameters, but for the seed."""
