@@ -90,13 +90,15 @@ def _rows(
         )
     tools.progress.start(items * sum(n for n, _ in modes.values()), "completions")
     scores: dict[str, Any] = {}
+    passed = 0
     with Verifiers(say=tools.progress.say) as verifiers:
         for mode, (n, params) in modes.items():
             tally = Tally(n)
             for row in _graded(config, prompts, mode, n, params, tools.engines["policy"], verifiers):
                 tally.add(row)
                 row["sandbox_level"] = verifiers.sandbox_level if row["task"] == "code" else None
-                tools.progress.advance(passed=sum(tally.passed.values()))
+                passed += row["verdict"] == "passed"
+                tools.progress.advance(passed=passed)
                 yield row
             scores[mode] = tally.scores()
             share = tally.apart["errors"] / (items * n)
