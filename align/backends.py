@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from align.core.engines.base import Engine
-from align.core.engines.build import EngineSettings, VllmSettings, build_engine, build_vllm
-from align.core.engines.openai_settings import OpenAISettings, build_openai
+from align.core.engines.build import EngineSettings, VllmSettings, build_engine, build_openai, build_vllm
+from align.core.engines.openai_settings import OpenAISettings
 from align.core.errors import RecipeError
 from align.stages import nearest
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from align.core.engines.base import Engine
+from align.core.engines.openai_settings import OpenAISettings
 
 
 class RaySettings(BaseModel):
@@ -125,3 +126,19 @@ def build_vllm(settings: VllmSettings, *, generator: str | None = None, fingerpr
         generator=generator,
         fingerprint=fingerprint,
     )
+
+
+def build_openai(settings: OpenAISettings, *, generator: str | None = None, fingerprint: str | None = None) -> Engine:
+    """The engine for a server; nothing is asked of it yet.
+
+    Args:
+        settings: where it is and how to ask.
+        generator: the name written with every row; the model's name by default.
+        fingerprint: not used, since a server's weights can't be seen.
+
+    Raises:
+        EngineError: the client isn't installed, or the key that was named isn't there.
+    """
+    from align.core.engines.openai_engine import OpenAIEngine
+
+    return OpenAIEngine(settings, generator=generator)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from align.core.engines.base import Engine
 
 Server = Literal["any", "openai", "vllm", "sglang", "llama.cpp", "transformers"]
 
@@ -121,19 +120,3 @@ class OpenAISettings(BaseModel):
                 "leave it out here"
             )
         return self
-
-
-def build_openai(settings: OpenAISettings, *, generator: str | None = None, fingerprint: str | None = None) -> Engine:
-    """The engine for a server; nothing is asked of it yet.
-
-    Args:
-        settings: where it is and how to ask.
-        generator: the name written with every row; the model's name by default.
-        fingerprint: not used, since a server's weights can't be seen.
-
-    Raises:
-        EngineError: the client isn't installed, or the key that was named isn't there.
-    """
-    from align.core.engines.openai_engine import OpenAIEngine
-
-    return OpenAIEngine(settings, generator=generator)
