@@ -1,4 +1,4 @@
-"""What a recipe may say of an OpenAI-compatible server, and the engine made from it."""
+"""What a recipe may say of an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
 
 Server = Literal["any", "openai", "vllm", "sglang", "llama.cpp", "transformers"]
 
