@@ -115,7 +115,7 @@ def test_limits_hold_and_every_run_ends(verifier: CodeVerifier, language: str) -
     assert slept.timeout == "1 s of time"
     for name in {"loop", "spin"} & found.keys():
         assert found[name].timeout == "1 s of CPU"
-        assert found[name].cpu_s < 1.6
+        assert found[name].cpu_s < 2.6  # the kernel looks once a second
     # C++ stops by itself between 64 and 192 MiB; the others stand on a runtime that says no or dies, at once
     assert (found["memory"].ended != "") == (language != "cpp")
     assert found["memory"].timeout == ""

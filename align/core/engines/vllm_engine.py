@@ -8,7 +8,6 @@ source of either.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import uuid
@@ -270,8 +269,7 @@ class VllmEngine:
             )
         structured = None
         if params.json_schema is not None:
-            schema = json.loads(params.json_schema)
-            structured = StructuredOutputsParams(json="{}" if schema is True else params.json_schema)
+            structured = StructuredOutputsParams(json=params.json_schema)
         elif params.choices:
             structured = StructuredOutputsParams(choice=list(params.choices))
         if structured is not None and params.logprobs:

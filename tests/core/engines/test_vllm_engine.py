@@ -158,9 +158,9 @@ def test_parameters_are_handed_on_as_they_are(engine: VllmEngine) -> None:
     assert (asked.max_tokens, asked.temperature, asked.top_p, asked.top_k) == (9, 0.5, 0.9, 40)
     assert (asked.min_p, asked.repetition_penalty, asked.logprobs, asked.detokenize) == (0.05, 1.2, None, False)
     assert asked.structured_outputs.choice == ["yes", "no"]
-    for schema, given in (('{"type": "object"}', '{"type": "object"}'), ("true", "{}")):
-        _all(engine, ["x"], 1, SamplingParams(max_tokens=9, json_schema=schema))
-        assert engine.llm.llm_engine.seen[-1].params.structured_outputs.json == given
+    schema = '{"type": "object"}'
+    _all(engine, ["x"], 1, SamplingParams(max_tokens=9, json_schema=schema))
+    assert engine.llm.llm_engine.seen[-1].params.structured_outputs.json == schema
 
 
 def test_what_vllm_cannot_do_as_asked_is_refused_with_a_remedy(engine: VllmEngine) -> None:
