@@ -97,7 +97,7 @@ def test_checking_a_recipe_and_the_help_of_any_stage_load_no_torch() -> None:
 
 
 def test_help_takes_little_more_than_the_libraries_it_stands_on() -> None:
-    """Of processor time, best of several, in turn with the bare libraries, so that a slow or busy machine doesn't matter.
+    """Of processor time, best of several, in turn with the bare libraries: a slow or busy machine slows both.
 
     A help that imports one of our heavy libraries takes ten times as long as these.
     """
