@@ -177,12 +177,12 @@ def test_a_pair_of_several_messages_is_refused() -> None:
         list(encode_pairs(make_tokenizer("qwen2"), [row]))
 
 
-def test_five_thousand_short_rows_are_encoded_in_a_second_of_cpu_time() -> None:
-    """It takes about a fifth of that here; the bound only catches a return to one row at a time without batching."""
+def test_fifteen_hundred_short_rows_are_encoded_in_a_second_of_cpu_time() -> None:
+    """25,000 are on a quiet machine; the bound only catches a return to one row at a time, some 460 a second."""
     rows = [
         {"prompt": [user(f"What is {i} plus 4?")], "completion": [assistant("The answer is 7.")]} for i in range(2000)
     ]
     tokenizer = make_tokenizer("qwen2")
     start = time.process_time()
     assert sum(1 for _ in encode_demonstrations(tokenizer, rows)) == 2000
-    assert 2000 / (time.process_time() - start) > 5000
+    assert 2000 / (time.process_time() - start) > 1500
