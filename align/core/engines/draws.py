@@ -43,13 +43,13 @@ def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[
     return out
 
 
-CLOSE_LOGITS = 2e-4
-"""Greedy: so near to each other that rounding may tell which of two logits is the larger."""
+CLOSE_LOGITS = 1e-5
+"""Greedy: so near to each other, as a share of the largest logit, that rounding may tell which of two is the larger."""
 
-CLOSE_MASS = 2e-5
-"""Sampled: so near to a border, as a share of the probability, that rounding may decide. In float32 another batch
-moves a border by some 1e-7, and by 1.4e-6 at the most that was seen with the shipped model. About one draw in a
-thousand is close, so that the texts computed alone cost next to nothing."""
+CLOSE_MASS = 1e-6
+"""Sampled: so near to a border, in probability for each unit of the largest logit, that rounding may decide: the error
+of logits grows with their size. With the shipped model, whose logits reach 25, another batch moves a border by some
+1e-7, and by 1.4e-6 at the most that was seen. About one draw in a thousand is close, which costs little."""
 
 
 class Choice(NamedTuple):
@@ -58,7 +58,7 @@ class Choice(NamedTuple):
     Attributes:
         token: token ids, (B,).
         usable: whether the row's logits were numbers, (B,).
-        close: whether rounding might have decided, (B,).
+        close: whether rounding might have decided, (B,); never in 16 bits.
     """
 
     token: torch.Tensor
@@ -74,38 +74,46 @@ def choose(logits: torch.Tensor, u: torch.Tensor, params: SamplingParams) -> Cho
         u: one uniform per row in [0, 1), (B,); not read when greedy.
         params: temperature, top_k, top_p and min_p are read.
     """
+    rounds = logits.dtype == torch.float32  # in a shorter format rounding is too coarse to be kept out
     if params.temperature == 0:
         two = logits.topk(2, -1)
-        best = two.values[:, 0]
-        return Choice(two.indices[:, 0], best.isfinite(), best - two.values[:, 1] < CLOSE_LOGITS)
-    probs = torch.softmax(logits.float() / params.temperature, -1)
+        best, second = two.values.unbind(-1)
+        return Choice(two.indices[:, 0], best.isfinite(), rounds & (best - second < CLOSE_LOGITS * _size(logits)))
+    logits = logits.float() / params.temperature
+    probs = torch.softmax(logits, -1)
+    margin = (CLOSE_MASS * _size(logits))[:, None] if rounds else torch.zeros_like(probs[:, :1])
     close = torch.zeros(len(probs), dtype=torch.bool, device=probs.device)
     if 0 < params.top_k < probs.shape[-1]:
         likeliest = probs.topk(params.top_k + 1, -1).values
         least, next_one = likeliest[:, -2:-1], likeliest[:, -1:]
-        close |= (least - next_one < CLOSE_MASS * least)[:, 0] & (next_one[:, 0] > 0)
+        close |= ((least - next_one < margin * least) & (next_one > 0))[:, 0]
         probs = probs.masked_fill(probs < least, 0.0)
     if params.top_p < 1:
         # The nucleus is the smallest set of likeliest tokens whose mass reaches top_p; the likeliest is always in it.
         ordered = probs.sort(-1, descending=True).values
         total = ordered.sum(-1, keepdim=True)
         before = ordered.cumsum(-1) - ordered
-        close |= (((before - params.top_p * total).abs() < CLOSE_MASS * total) & (ordered > 0)).any(-1)
+        close |= (((before - params.top_p * total).abs() < margin * total) & (ordered > 0)).any(-1)
         last = (before < params.top_p * total).sum(-1, keepdim=True) - 1
         probs = probs.masked_fill(probs < ordered.gather(-1, last.clamp_min(0)), 0.0)
     if params.min_p > 0:
         least = params.min_p * probs.max(-1, keepdim=True).values
-        close |= ((probs - least).abs() < CLOSE_MASS * least).any(-1)
+        close |= ((probs - least).abs() < margin * least).any(-1)
         probs = probs.masked_fill(probs < least, 0.0)
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     # Strictly below the total, so that the token found always has a probability above zero.
     most = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(u[:, None] * total, most)
-    margin = CLOSE_MASS * total
-    around = torch.cat((target, (target - margin).clamp_min(0), torch.minimum(target + margin, most)), -1)
+    reach = margin * total
+    around = torch.cat((target, (target - reach).clamp_min(0), torch.minimum(target + reach, most)), -1)
     token, low, high = torch.searchsorted(cdf, around, right=True).clamp_max(logits.shape[-1] - 1).unbind(-1)
     return Choice(token, total[:, 0].isfinite(), close | (low != high))
+
+
+def _size(logits: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each row, (B,); what may not come (-inf) apart."""
+    return logits.masked_fill(logits == float("-inf"), 0).abs().amax(-1)
 
 
 def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

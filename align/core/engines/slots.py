@@ -177,11 +177,10 @@ class SlotLoop:
         with torch.no_grad():
             u = torch.from_numpy(uniforms(self.keys[slots], counts)).to(logits.device)
             token, usable, close = choose(self.shaping.shaped(slots, logits), u, self.params)
-            if logits.dtype == torch.float32:  # in a shorter format rounding is too coarse to be kept out
-                for at in torch.nonzero(close & usable)[:, 0].tolist():
-                    slot = slots[at : at + 1]
-                    logits[at] = self.decoder.alone(self.prompts[slot[0]] + self._ids(slot[0]))
-                    token[at] = choose(self.shaping.shaped(slot, logits[at : at + 1]), u[at : at + 1], self.params)[0]
+            for at in torch.nonzero(close & usable)[:, 0].tolist():
+                slot = slots[at : at + 1]
+                logits[at] = self.decoder.alone(self.prompts[slot[0]] + self._ids(slot[0]))
+                token[at] = choose(self.shaping.shaped(slot, logits[at : at + 1]), u[at : at + 1], self.params)[0]
             self.last[first:] = token
             self.shaping.accept(slots, token)
             if self.params.logprobs:

@@ -76,9 +76,9 @@ def _close(u: float, logits: torch.Tensor = LOGITS, **settings: float) -> bool:
 
 
 def test_a_draw_by_a_border_between_two_tokens_is_called_close() -> None:
-    """The borders are at 0.5, 0.75 and 0.875; the margin is 2e-5."""
-    assert [_close(u) for u in (0.5 - 1.6e-5, 0.5 + 1.6e-5, 0.75 + 1.6e-5, 0.875 - 1.6e-5)] == [True] * 4
-    assert [_close(u) for u in (0.0, 0.5 - 2.4e-5, 0.5 + 2.4e-5, 0.6, 0.9999999)] == [False] * 5
+    """The borders are at 0.5, 0.75 and 0.875; the largest logit is 3 log 2 = 2.08, so the margin is 2.08e-6."""
+    assert [_close(u) for u in (0.5 - 1.9e-6, 0.5 + 1.9e-6, 0.75 + 1.9e-6, 0.875 - 1.9e-6)] == [True] * 4
+    assert [_close(u) for u in (0.0, 0.5 - 2.5e-6, 0.5 + 2.5e-6, 0.6, 0.9999999)] == [False] * 5
 
 
 def test_a_filter_whose_own_border_is_near_a_token_makes_the_draw_close() -> None:
@@ -89,9 +89,12 @@ def test_a_filter_whose_own_border_is_near_a_token_makes_the_draw_close() -> Non
 
 
 def test_a_greedy_choice_between_two_almost_equal_logits_is_close() -> None:
-    logits = torch.tensor([[1.0, 1.0 + 1.8e-4, 0.0]])
-    assert _close(0.0, logits, temperature=0)
-    assert not _close(0.0, logits * 2, temperature=0)
+    assert _close(0.0, torch.tensor([[4.0, 4.0 + 3e-5, 0.0]]), temperature=0)
+    assert not _close(0.0, torch.tensor([[4.0, 4.0 + 5e-5, 0.0]]), temperature=0)
+
+
+def test_in_sixteen_bits_no_draw_is_called_close() -> None:
+    assert not _close(0.5, LOGITS.bfloat16()) and not _close(0.5, LOGITS.bfloat16(), temperature=0)
 
 
 def test_u_at_its_end_never_takes_a_token_of_probability_zero() -> None:

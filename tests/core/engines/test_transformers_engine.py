@@ -110,8 +110,10 @@ def test_rounding_between_batches_stays_far_below_the_margin_of_a_close_draw(sha
     def watched(loop: Any, first: int, logits: torch.Tensor) -> Any:
         for at, slot in enumerate(loop.slot_of[first:][:4]):
             alone = loop.decoder.alone(loop.prompts[slot] + loop._ids(slot))
-            logit_gaps.append(float((alone - logits[at]).abs().max()))
-            mass_gaps.append(float((alone.softmax(-1).cumsum(-1) - logits[at].softmax(-1).cumsum(-1)).abs().max()))
+            size = float(alone.abs().max())
+            logit_gaps.append(float((alone - logits[at]).abs().max()) / size)
+            moved = alone.softmax(-1).cumsum(-1) - logits[at].softmax(-1).cumsum(-1)
+            mass_gaps.append(float(moved.abs().max()) / size)
         return plain(loop, first, logits)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
