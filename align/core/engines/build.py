@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from align.core.engines.base import Engine
 from align.core.engines.openai_settings import OpenAISettings
@@ -16,9 +17,7 @@ class RaySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
     address: str = Field(
-        "auto",
-        pattern=r"^(auto|[\w.-]+:\d+|\[[0-9a-f:.]+\]:\d+)$",
-        description="host:port of a running cluster's head; auto is the one that this machine belongs to.",
+        "auto", description="host:port of a running cluster's head; auto is the one that this machine belongs to."
     )
     workers: int = Field(1, ge=1, description="How many workers; each loads the model.")
     cpus: float = Field(1.0, ge=0, description="CPU cores that Ray reserves for one worker.")
@@ -29,6 +28,13 @@ class RaySettings(BaseModel):
     start_timeout_s: float = Field(
         600.0, gt=0, description="Seconds until at least one worker must have loaded its model."
     )
+
+    @field_validator("address")
+    @classmethod
+    def _names_a_head(cls, address: str) -> str:
+        if not re.fullmatch(r"auto|[\w.-]+:\d+|\[[0-9a-f:.]+\]:\d+", address):
+            raise ValueError(f"found {address!r}, expected auto or host:port, such as 10.0.0.5:6379")
+        return address
 
 
 class EngineSettings(BaseModel):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from align.core.engines import Engine, Prompt, SamplingParams
 from align.core.engines.build import RaySettings
@@ -314,3 +315,11 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EngineError, match=r"align-toolkit\[ray\].*on every machine"):
         _engine("auto")
+
+
+def test_an_address_that_is_none_is_refused_in_plain_words() -> None:
+    for address in ("auto", "head:6379", "10.0.0.5:6379", "[::1]:6379"):
+        assert RaySettings(address=address).address == address
+    for address in ("nowhere", "head:", "http://head:6379", ""):
+        with pytest.raises(ValidationError, match="expected auto or host:port"):
+            RaySettings(address=address)
