@@ -32,7 +32,7 @@ def asked(name: str, **values: str) -> Messages:
     return [{"role": "user", "content": fill(template(name), values)}]
 
 
-# --- making harder: each edit gives the new instruction, or None where it has nothing to do -----------------------------
+# --- making harder: each edit gives the new instruction, or None where it has nothing to do ----------------------
 
 
 def _one_more_step(rng: random.Random, item: Item) -> str | None:
@@ -166,7 +166,8 @@ def _reworded(item: Item) -> str:
         first = "Repeat" if item.instruction.startswith("Copy") else "Copy"
         return f"{first} {item.instruction.split(' ', 1)[1]}"
     if item.family == "code":
-        return re.sub(r"function \w+", "function g" if "function g(" not in item.instruction else "function f", item.instruction)  # fmt: skip
+        name = "f" if "function g(" in item.instruction else "g"
+        return re.sub(r"function \w+", f"function {name}", item.instruction)
     return item.instruction
 
 
