@@ -3,8 +3,8 @@
 An instruction that was evolved has no reference, and most have no program that could find one. In the tiny world they
 do: `solve` reads an instruction as the families of `align/tiny/world.py` write them, and nothing else. `STAGE` is a
 stage of one's own around it, `align.tiny.solve:STAGE` in a recipe: prompts in, those that can be read out, with their
-task, family, reference and tags. The world's hash keeps instructions for dev and test; a train prompt that was evolved into
-one of those is dropped, so that no held-out instruction is trained on.
+task, family, reference and tags. The world's hash keeps instructions for dev and test; a train prompt that was evolved
+into one of those is dropped, so that no held-out instruction is trained on.
 """
 
 from __future__ import annotations
