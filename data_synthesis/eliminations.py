@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.core.text import ngrams, normalise, words
@@ -52,8 +51,9 @@ _LEAKS = re.compile(
     re.IGNORECASE,
 )
 _ANSWER = re.compile(
-    r"^\W*(?:answer|solution|response|output|assistant|回答|答案|答|الإجابة)\W*[:：]|^#### |\\boxed\{|^(?:sure|certainly|of course)[,.!]"
-    r"|\b(?:the|final) answer is\b|<<[^<>]*=[^<>]*>>|^\W*\d+(?:\.\d+)? [-+*/×÷] \d+(?:\.\d+)? = \d",
+    r"^\W*(?:answer|solution|response|output|assistant|回答|答案|答|الإجابة)\W*[:：]"
+    r"|^#### |\\boxed\{|^(?:sure|certainly|of course)[,.!]|\b(?:the|final) answer is\b|<<[^<>]*=[^<>]*>>"
+    r"|^\W*\d+(?:\.\d+)? [-+*/×÷] \d+(?:\.\d+)? = \d",
     re.IGNORECASE | re.MULTILINE,
 )
 _FORMATS = {
@@ -168,8 +168,3 @@ def script(text: str) -> str | None:
     if counts["HIRAGANA"] + counts["KATAKANA"] > 0.1 * counts.total():
         return "KANA"
     return counts.most_common(1)[0][0] if counts else None
-
-
-def reasons(problems: Sequence[str]) -> Counter[str]:
-    """How often each rule spoke."""
-    return Counter(problems)
