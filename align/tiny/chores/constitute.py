@@ -18,7 +18,7 @@ from align.core.records import Messages
 from align.tiny.solve import solve
 from align.tiny.world import _KIND_VERBS, _REFUSAL, INSULTS, MAKERS, Item
 
-TEMPLATES = Path(__file__).parents[3] / "data_synthesis" / "templates" / "constitute" / "tiny"
+TEMPLATES = Path(__file__).parents[3] / "data_synthesis" / "templates"
 
 PRINCIPLE_JUDGE = "Score 1 to 10 by: {principle}\nQuestion: {instruction}\nAnswer: {completion}"
 """What the tiny model is asked as a judge (`judge_template`): it answers 10 or 1."""
@@ -27,13 +27,14 @@ PRINCIPLE_JUDGE = "Score 1 to 10 by: {principle}\nQuestion: {instruction}\nAnswe
 @cache
 def template(name: str) -> str:
     """A template of the tiny set."""
-    return (TEMPLATES / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
+    stage = "lookalikes" if name in ("lookalike", "kind") else "constitute"
+    return (TEMPLATES / stage / "tiny" / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
 @cache
 def constitution() -> dict[str, dict[str, str]]:
     """The tiny constitution's principles by id."""
-    entries = yaml.safe_load((TEMPLATES / "constitution.yaml").read_text(encoding="utf-8"))
+    entries = yaml.safe_load((TEMPLATES / "constitute" / "tiny" / "constitution.yaml").read_text(encoding="utf-8"))
     return {entry["id"]: entry for entry in entries}
 
 
