@@ -29,7 +29,11 @@ TABLE: dict[str, tuple[str, str]] = {
     "execute": ("data_synthesis.execute:STAGE", "sampled programs, run against tests in the sandbox"),
     "constitute": (
         "data_synthesis.constitute:STAGE",
-        "completions that follow and that deviate from principles, checked",
+        "completions that follow and that deviate from principles, and revised ones, checked",
+    ),
+    "lookalikes": (
+        "data_synthesis.lookalikes:STAGE",
+        "harmless requests that look harmful, written after harmful ones",
     ),
     "verify": ("reward.verify:STAGE", "verdicts for completions that were made elsewhere"),
     "demonstrate": ("data_synthesis.demonstrate:STAGE", "demonstrations for SFT from scored completions"),

@@ -37,8 +37,8 @@ from align.core.records import Kind, Messages, Row, Split, message_text
 from align.core.stage import Asks, Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import normalise, prompt_id_of, stable_hash
+from data_synthesis.answers import RULED, read_instruction, read_word, schema_of, why_lost
 from data_synthesis.eliminations import Limits, elimination
-from data_synthesis.evolve_words import RULED, VERDICTS, read_instruction, read_verdict, schema_of, why_lost
 from data_synthesis.sampling import ErrorBudget, last_user_text
 from data_synthesis.spread import Spread, scored, tagged
 from data_synthesis.tag import TEMPLATES as TAG_TEMPLATES
@@ -61,6 +61,13 @@ GONE = ("task", "reference", "answer", "tags", "raw_tags", "difficulty")
 MADE = ("level", "round", "operation", "parent_id", "root_id", "evolved_by", "raw_evolution")
 """Columns that say how a prompt came about."""
 TWIN = "the same as another prompt"
+VERDICTS = {
+    "gained": None,
+    "equal": "nothing gained",
+    "answered": "answered, says the judge",
+    "broken": "makes no sense",
+}
+"""What the judge may say, and what it eliminates for."""
 
 
 class EvolveConfig(StageConfig):
@@ -269,7 +276,9 @@ class Evolving:
             values = {"original": last_user_text(evolution.lineage.head), "instruction": last_user_text(row)}
             name = "judge_breadth" if evolution.operation == "breadth" else "judge_depth"
             schema = verdict_schema("verdict", {"enum": list(VERDICTS)}) if self.config.writer_json else None
-            return Question(self.prompt(name, evolution.lineage.head, values), read_verdict, schema)
+            return Question(
+                self.prompt(name, evolution.lineage.head, values), lambda said: read_word(said, VERDICTS), schema
+            )
 
         asked = (((evolution, row), [question(evolution, row)]) for evolution, row in made)
         for (evolution, row), ((answer,),) in ask_each(

@@ -8,7 +8,8 @@ from align.core.engines.base import Completion
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
 from align.core.records import Row
-from data_synthesis.constitute import STAGE, TEMPLATES, read_constitution
+from data_synthesis.constitute import STAGE, TEMPLATES
+from data_synthesis.constitution import read_constitution
 from data_synthesis.demonstrate import STAGE as DEMONSTRATE
 from data_synthesis.pair import STAGE as PAIR
 

@@ -1,23 +1,16 @@
-"""What writer and judge of `evolve` said, read strictly: an instruction that no rule eliminates, a verdict."""
+"""What a writer or a judge said, read strictly: an instruction that no rule stops, one word of several."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from align.core.asking import NOT_SAMPLED, MalformedError
 
 RULED = "by rule: "
 """How the problem of an answer begins that could be read but that an elimination rule stops."""
 UNREADABLE = "the writer's answer can't be read"
-VERDICTS = {
-    "gained": None,
-    "equal": "nothing gained",
-    "answered": "answered, says the judge",
-    "broken": "makes no sense",
-}
-"""What the judge may say, and what it eliminates for."""
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL)
 
@@ -44,22 +37,22 @@ def read_instruction(text: str, rule: Callable[[str], str | None]) -> str:
 
 
 def why_lost(problem: str) -> str:
-    """The reason that is counted, from the problem of the last attempt."""
+    """The reason that is counted, from the problem of an answer's last attempt."""
     if problem.startswith(RULED):
         return problem.removeprefix(RULED)
     return NOT_SAMPLED if problem.startswith(NOT_SAMPLED) else UNREADABLE
 
 
-def read_verdict(text: str) -> str:
-    """The judge's verdict: of its JSON object, or the bare word.
+def read_word(text: str, allowed: Iterable[str]) -> str:
+    """One word of those allowed: `verdict` of a JSON object, or the whole answer.
 
     Raises:
         MalformedError: anything else.
     """
     said = _unfenced(text)
     word = (_of_object(said, "verdict") if said.startswith("{") else said).strip(" .\"'`*\n").lower()
-    if word not in VERDICTS:
-        raise MalformedError(f"found {word[:40]!r}, expected {', '.join(VERDICTS)}")
+    if word not in allowed:
+        raise MalformedError(f"found {word[:40]!r}, expected {', '.join(allowed)}")
     return word
 
 
@@ -71,7 +64,7 @@ def _unfenced(text: str) -> str:
 def _of_object(said: str, name: str) -> str:
     try:
         value = json.loads(said, strict=False)[name]
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
         raise MalformedError(f"no JSON object with {name!r}: {said[:80]!r}") from problem
     if not isinstance(value, str):
         raise MalformedError(f"{name!r} is no text: {said[:80]!r}")
