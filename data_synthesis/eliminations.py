@@ -36,7 +36,9 @@ LEAKED_RUN = 8
 BREADTH = (0.5, 2.0)
 """An instruction in breadth is of about the length of its model: between these shares of its words [our choice]."""
 TELLING = 40
-"""From so many letters on, a text's language can be told by its words; shorter ones by their script alone."""
+"""From so many letters on, a text in Latin script has a language that can be told [our choice]."""
+SHARED = 0.3
+"""Texts that share this much of the shorter one's words are in one language [our choice]."""
 
 _NONE = re.compile(r"\W*(?:none|null|n/?a)\W*", re.IGNORECASE)
 _SORRY = re.compile(
@@ -51,7 +53,7 @@ _LEAKS = re.compile(
     re.IGNORECASE,
 )
 _ANSWER = re.compile(
-    r"^\W*(?:answer|solution|response|output|assistant|回答|答案|答|الإجابة)\W*[:：]"
+    r"(?:^|[.?!]\s+)\W*(?:answer|solution|response|output|assistant|回答|答案|答|الإجابة)\s*[:：]"
     r"|^#### |\\boxed\{|^(?:sure|certainly|of course)[,.!]|\b(?:the|final) answer is\b|<<[^<>]*=[^<>]*>>"
     r"|^\W*\d+(?:\.\d+)? [-+*/×÷] \d+(?:\.\d+)? = \d",
     re.IGNORECASE | re.MULTILINE,
@@ -151,7 +153,12 @@ def same_language(one: str, other: str) -> bool:
     scripts = script(one), script(other)
     if None in scripts or scripts[0] != scripts[1]:
         return None in scripts
-    enough = min(sum(c.isalpha() for c in text) for text in (one, other)) >= (TELLING if scripts[0] == "LATIN" else 1)
+    if scripts[0] != "LATIN":
+        return True  # one script is nearly one language; kana are told from Chinese above
+    said, again = set(words(one)), set(words(other))
+    if len(said & again) >= SHARED * min(len(said), len(again)):
+        return True
+    enough = min(sum(c.isalpha() for c in text) for text in (one, other)) >= TELLING
     # only where a second look agrees: a text about another language's words is still in its own
     return not enough or detect(one) == detect(other) or detect(_prose(one)) == detect(_prose(other))
 

@@ -171,25 +171,34 @@ def _reworded(item: Item) -> str:
     return item.instruction
 
 
+def _judged(rng: random.Random, name: str, item: Item, new: Item) -> tuple[Messages, str] | None:
+    """A question about a new version and its verdict; None where the version is not of the train split."""
+    said = rng.choice(("gained", "gained", "equal", "answered"))
+    text = new.instruction if said == "gained" else _reworded(item) if said == "equal" else new.answer
+    version = solve(text)
+    if version is not None and version.split != "train":
+        return None
+    return asked(name, original=item.instruction, instruction=text), said
+
+
 def judge_depth(rng: random.Random) -> tuple[Messages, str]:
     """Two instructions, and whether the second is a harder one, no harder, or no instruction but an answer."""
     while True:
         item = _drawn(rng)
         found = harder(rng, rng.choice(tuple(EDITS)), item)
         if found is not None and found.split == "train":
-            break
-    said = rng.choice(("gained", "gained", "equal", "answered"))
-    text = found.instruction if said == "gained" else _reworded(item) if said == "equal" else found.answer
-    return asked("judge_depth", original=item.instruction, instruction=text), said
+            chore = _judged(rng, "judge_depth", item, found)
+            if chore is not None:
+                return chore
 
 
 def judge_breadth(rng: random.Random) -> tuple[Messages, str]:
     """Two instructions, and whether the second is a new one, the same again, or no instruction but an answer."""
-    item = _drawn(rng, (*FAMILIES, "benign", "harmful"))
-    said = rng.choice(("gained", "gained", "equal", "answered"))
-    new = another(rng, item)
-    text = new.instruction if said == "gained" else _reworded(item) if said == "equal" else new.answer
-    return asked("judge_breadth", original=item.instruction, instruction=text), said
+    while True:
+        item = _drawn(rng, (*FAMILIES, "benign", "harmful"))
+        chore = _judged(rng, "judge_breadth", item, another(rng, item))
+        if chore is not None:
+            return chore
 
 
 def judge_difficulty(rng: random.Random) -> tuple[Messages, str]:
