@@ -30,6 +30,7 @@ from data_synthesis.answers import RULED, read_instruction, read_word, schema_of
 from data_synthesis.constitution import kind_of
 from data_synthesis.eliminations import Limits, elimination
 from data_synthesis.sampling import ErrorBudget, last_user_text
+from data_synthesis.stemming import stem
 from reward.judge import filled, verdict_schema
 
 TEMPLATES = Path(__file__).parent / "templates" / "lookalikes"
@@ -198,15 +199,15 @@ def _judged(
 def unlike(harmful: str, text: str, template: str, limits: Limits) -> str | None:
     """Why a text is no look-alike of a harmful request; None where no rule speaks against it.
 
-    The elimination rules of `evolve` for a new instruction, but for its length; and the two must share a word of four
-    letters or more (or a Chinese character): else nothing looks alike.
+    The elimination rules of `evolve` for a new one, but for its length; and the two must share a word (its stem)
+    of three letters or more, or a Chinese character: else nothing looks alike.
     """
     problem = elimination(harmful, text, limits, template, breadth=True)
     if problem is not None and not problem.startswith("grows"):
         return problem
     if len(words(text)) > limits.max_words:
         return "too long"
-    telling = [{word for word in words(one) if len(word) >= 4 or not word.isascii()} for one in (harmful, text)]
+    telling = [{stem(w) for w in words(one) if len(w) >= 3 or not w.isascii()} for one in (harmful, text)]
     return None if telling[0] & telling[1] else UNLIKE
 
 

@@ -72,7 +72,7 @@ def test_each_round_makes_a_harder_prompt_of_the_last_one_with_its_lineage(bench
 
 
 def test_one_that_fails_goes_unchanged_into_the_next_round_and_each_reason_is_counted(bench: Bench) -> None:
-    """Round 1: `Name rivers` is answered, NONE, twice, and again in round 2; `Name lakes` fails once, is asked again."""
+    """Round 1: `Name rivers` is answered NONE twice, and again in round 2; `Name lakes` fails once."""
 
     def change(text: str, index: int) -> str:
         if "rivers" in text:
