@@ -21,11 +21,19 @@ TABLE: dict[str, tuple[str, str]] = {
     "tag": ("data_synthesis.tag:STAGE", "the intentions of every instruction, named by a model"),
     "ontology": ("data_synthesis.ontology:STAGE", "raw tags merged into an ontology that a person can refine"),
     "select": ("data_synthesis.select:STAGE", "a diverse set of complex instructions"),
+    "evolve": (
+        "data_synthesis.evolve:STAGE",
+        "instructions made harder, and new ones after their model, by a model",
+    ),
     "reject": ("data_synthesis.reject:STAGE", "sampled completions with verdicts; the distinct right ones marked"),
     "execute": ("data_synthesis.execute:STAGE", "sampled programs, run against tests in the sandbox"),
     "constitute": (
         "data_synthesis.constitute:STAGE",
-        "completions that follow and that deviate from principles, checked",
+        "completions that follow and that deviate from principles, and revised ones, checked",
+    ),
+    "lookalikes": (
+        "data_synthesis.lookalikes:STAGE",
+        "harmless requests that look harmful, written after harmful ones",
     ),
     "verify": ("reward.verify:STAGE", "verdicts for completions that were made elsewhere"),
     "demonstrate": ("data_synthesis.demonstrate:STAGE", "demonstrations for SFT from scored completions"),
