@@ -1,8 +1,8 @@
 """AutoIF's numbers, the paper's (arXiv:2406.13542) and those of its released code, as presets of three stages.
 
-`constraints` makes a library of constraints with functions that check them, `constrain` puts them to queries, `follow`
-samples and checks. Where paper and code differ, the stages' defaults are the paper's, and `preset: code` changes them to
-what stands in `CODE`; any of the numbers can be set besides.
+`constraints` makes a library of constraints with functions that check them, `constrain` puts them to queries, and
+`follow` samples and checks. Where paper and code differ, the stages' defaults are the paper's, and `preset: code`
+changes them to what stands in `CODE`; any of the numbers can be set besides.
 """
 
 from __future__ import annotations

@@ -21,35 +21,27 @@ meets those; what can't be read is asked for again; `max_functions` keeps the mo
 from __future__ import annotations
 
 import json
-import random
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from align.core.asking import Answer, MalformedError, Question, ask_each, fill, load_templates
-from align.core.engines.base import SamplingParams
+from align.core.asking import load_templates
 from align.core.errors import DataError
 from align.core.records import Kind, Row
-from align.core.sandbox import Accept, Sandbox, Slot
+from align.core.sandbox import Accept, Sandbox
 from align.core.stage import Asks, Result, Stage, Tools
 from align.core.store import ModelRef, Table
-from align.core.text import normalise, stable_hash, words
+from align.core.text import normalise, stable_hash
 from data_synthesis.autoif import PresetConfig, Rule
+from data_synthesis.constraint_steps import STEPS, Candidate, Losses, augmented, related, told_back, validated, written
 from data_synthesis.sampling import ErrorBudget
-from reward.constraint_library import Agreement, Outcome, agreement, outcomes, problem_of, truth
 
 SHIPPED = Path(__file__).parent / "templates" / "constraints"
 TEMPLATES = {
     "augment": ["seeds", "count"], "verifier": ["constraint"], "back": ["function"], "relation": ["constraint", "back"],
 }  # fmt: skip
-RELATIONS = ("entailment", "neutral", "contradiction")
-MOST_TIMEOUTS = 3
-"""Cases on which a function may run out of time; then it is taken to do so on all [our choice]."""
 
 
 class ConstraintsConfig(PresetConfig):
@@ -62,7 +54,9 @@ class ConstraintsConfig(PresetConfig):
         "default", description="what the models are asked: a shipped set's name (default, tiny), or a folder with any "
         "of augment.txt, verifier.txt, back.txt and relation.txt",
     )  # fmt: skip
-    new: int = Field(100, ge=0, description="constraints asked for in one answer (paper: 100, code: 50); 0: seeds alone")
+    new: int = Field(
+        100, ge=0, description="constraints asked for in one answer (paper: 100, code: 50); 0: seeds alone"
+    )
     shown: int | None = Field(None, ge=1, description="seeds shown in one request; all of them by default")
     answers: int = Field(1, ge=1, description="answers to each request for constraints")
     max_words: int = Field(60, ge=1, description="a longer constraint is left out; of Chinese, characters are counted")
@@ -92,14 +86,16 @@ class ConstraintsConfig(PresetConfig):
     )
     max_tokens: int = Field(1024, ge=1, description="most new tokens of an answer; one cut off is not read")
     attempts: int = Field(3, ge=1, description="samples asked for until an answer can be read")
-    json: bool = Field(  # type: ignore[assignment]
+    json_answers: bool = Field(
         False, description="let the models write nothing but JSON where JSON is asked for; only for engines with "
         "structured output",
     )  # fmt: skip
     max_error_share: float = Field(
         0.25, ge=0, le=1, description="the stage fails when a larger share of the answers can't be read"
     )
-    accept: Accept = Field("isolated", description="what isolation is enough to run functions; unsafe runs them without")
+    accept: Accept = Field(
+        "isolated", description="what isolation is enough to run functions; unsafe runs them without"
+    )
     cpu_s: float = Field(5.0, gt=0, description="CPU seconds for one function and an answer; 5 is the code's timeout")
     memory_mb: int = Field(512, ge=16, description="memory of one function beyond the interpreter's own, MiB")
 
@@ -109,56 +105,6 @@ class ConstraintsConfig(PresetConfig):
         if isinstance(seeds, list) and not any(seed.strip() for seed in seeds):
             raise ValueError("the list holds no constraint; write some, or leave `seeds` out for ours")
         return seeds
-
-
-@dataclass
-class Candidate:
-    """A constraint on its way into the library.
-
-    Attributes:
-        text: the constraint.
-        origin: seed or new.
-        functions: sources that compile, without repetitions.
-        cases: answers, and whether each meets the constraint.
-        accuracies: of the functions, on the cases.
-        backs: what each function checks, in a model's words.
-        relations: of each of those to the constraint.
-        raw: the answers in which the functions came.
-    """
-
-    text: str
-    origin: str
-    functions: list[str] = field(default_factory=list)
-    cases: list[tuple[str, bool]] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    backs: list[str] = field(default_factory=list)
-    relations: list[str] = field(default_factory=list)
-    raw: list[str] = field(default_factory=list)
-
-
-class Losses:
-    """What becomes of constraints, functions and cases on their way, for the summary."""
-
-    def __init__(self) -> None:
-        self.steps: Counter[str] = Counter()
-        self.lost: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        self.functions: Counter[str] = Counter()
-        self.cases: Counter[str] = Counter()
-        self.lines: Counter[str] = Counter()
-
-    def lose(self, candidate: Candidate, reason: str) -> None:
-        """Counts a constraint as lost."""
-        self.lost[reason] += 1
-        if len(shown := self.examples.setdefault(reason, [])) < 3:
-            shown.append(candidate.text)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures for the manifest; `yield` and `lost` count constraints."""
-        return {
-            "yield": dict(self.steps), "lost": dict(self.lost), "lost_examples": dict(self.examples),
-            "lines": dict(self.lines), "functions": dict(self.functions), "cases": dict(self.cases),
-        }  # fmt: skip
 
 
 def run(config: ConstraintsConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
@@ -175,22 +121,20 @@ def _rows(
     tools: Tools,
     summary: dict[str, Any],
 ) -> Iterator[Row]:
-    losses = Losses()
+    losses = Losses(tools.progress)
     budget = ErrorBudget("constraints", config.max_error_share)
     candidates = augmented(config, seeds, templates["augment"], tools, losses, budget)
-    losses.steps.update(seeds=len(seeds), constraints=len(candidates), written=0, agreed=0, told_back=0, kept=0)
+    losses.steps.update(dict.fromkeys(STEPS, 0) | {"seeds": len(seeds), "constraints": len(candidates)})
     tools.progress.start(len(candidates), "constraints")
     with Sandbox(accept=config.accept, cpu_s=config.cpu_s, memory_mb=config.memory_mb) as sandbox:
         for line in sandbox.lines():
             tools.progress.say(line)
-        written = _written(config, candidates, templates["verifier"], tools, losses, budget)
-        validated = _validated(config, written, sandbox, losses)
-        told_back = _told_back(config, validated, templates["back"], tools, losses, budget)
-        for candidate in _related(config, told_back, templates["relation"], tools, losses, budget):
-            losses.steps["kept"] += 1
-            losses.functions["kept"] += len(candidate.functions)
+        left = written(config, candidates, templates["verifier"], tools, losses, budget)
+        left = validated(config, left, sandbox, losses)
+        left = told_back(config, left, templates["back"], tools, losses, budget)
+        for candidate in related(config, left, templates["relation"], tools, losses, budget):
+            losses.keep(candidate)
             yield library_row(candidate)
-            tools.progress.advance(losses.steps["kept"] + losses.lost.total() - _done(tools), kept=losses.steps["kept"])
         summary.update(losses.summary(), sandbox=sandbox.report)
     budget.check()
     if not losses.steps["kept"]:
@@ -199,3 +143,68 @@ def _rows(
             f"({', '.join(f'{why}: {count}' for why, count in losses.lost.most_common())}); ask for more functions "
             "(verifiers), lower min_functions, min_cases, case_kept or function_kept, or take a better writer"
         )
+
+
+def read_seeds(setting: str | list[str]) -> list[str]:
+    """The seeds, without repetitions.
+
+    Raises:
+        DataError: the file can't be read, or holds none.
+    """
+    lines = setting
+    if isinstance(setting, str):
+        file = SHIPPED / "seeds.txt" if setting == "default" else Path(setting).expanduser()
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise DataError(f"seeds {setting}: can't be read ({problem}); a text with one constraint a line") from None
+    seeds = {normalise(line): line.strip() for line in reversed(lines) if line.strip()}
+    if not seeds:
+        raise DataError(f"seeds {setting}: holds no constraint; write one on each line")
+    return list(reversed(seeds.values()))
+
+
+def library_row(candidate: Candidate) -> Row:
+    """A row of the library: a prompt that holds the constraint alone, with all that checks it."""
+    number = stable_hash(f"constraint\n{normalise(candidate.text)}")
+    reference = {"constraint_id": number, "constraint": candidate.text, "functions": candidate.functions}
+    return {
+        "prompt_id": number,
+        "prompt": [{"role": "user", "content": candidate.text}],
+        "split": "train",
+        "source": "constraints",
+        "task": "follow",
+        "family": "follow",
+        "reference": json.dumps(reference, ensure_ascii=False),
+        "constraint": candidate.text,
+        "origin": candidate.origin,
+        "functions": candidate.functions,
+        "accuracies": candidate.accuracies,
+        "cases": json.dumps(candidate.cases, ensure_ascii=False),
+        "told_back": candidate.backs,
+        "relations": candidate.relations,
+        "raw": json.dumps(candidate.raw, ensure_ascii=False),
+    }
+
+
+def asks(config: ConstraintsConfig) -> dict[str, Asks]:
+    """Of each constraint: the functions, each told back and related."""
+    back = config.max_functions or config.verifiers
+    return {"writer": Asks(config.verifiers + back, config.max_tokens), "judge": Asks(back, config.max_tokens)}
+
+
+STAGE = Stage(
+    name="constraints",
+    summary="constraints on the form of answers, with functions that check them, cross-validated (AutoIF)",
+    config=ConstraintsConfig,
+    needs={},
+    gives=Kind.PROMPTS,
+    run=run,
+    engines={
+        "writer": "the model that writes constraints and functions, and says what a function checks",
+        "judge": "the model that says whether that contradicts the constraint",
+    },
+    reads=("seeds", "templates"),
+    asks=asks,
+    adds=("constraint", "origin", "functions", "accuracies", "cases", "told_back", "relations", "raw"),
+)

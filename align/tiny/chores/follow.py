@@ -1,4 +1,4 @@
-"""Chores of the stages `constraints` and `follow`: the world's demands on form, said anew, checked, told apart, judged."""
+"""Chores of the stages `constraints` and `follow`: demands on form, said anew, checked, told apart, judged."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def verifier(rng: random.Random) -> tuple[Messages, str]:
     outcomes = [True, False, rng.random() < 0.5]
     rng.shuffle(outcomes)
     answer = {"func": _function(rng.choice(CHECKS[demand])), "cases": [_case(rng, demand, met) for met in outcomes]}
-    prompt = _filled(
-        "data_synthesis/templates/constraints/tiny/verifier.txt", constraint=rng.choice(PHRASES[demand])
-    )
+    prompt = _filled("data_synthesis/templates/constraints/tiny/verifier.txt", constraint=rng.choice(PHRASES[demand]))
     return prompt, json.dumps(answer)
 
 
