@@ -4,8 +4,8 @@ Of each prompt (of `constrain`) K completions are sampled and the constraint's f
 them accept has passed, and its reward is their share. A judge then scores whether what passed still answers the query,
 since an answer may meet the constraint and nothing else. All completions are given; `kept` marks those of a good score.
 
-D and P of the paper are `demonstrate`, and `pair` with strategy=all, max_pairs=4 and max_rejected=0: chosen passed and is
-kept, rejected meets no function.
+D and P of the paper are `demonstrate`, and `pair` with strategy=all, max_pairs=4 and max_rejected=0: what is chosen
+passed and is kept, what is rejected no function accepts.
 
 Differs from the paper: sampling may be done by several models; a completion that was cut off is never kept.
 """
@@ -45,7 +45,7 @@ class FollowConfig(PresetConfig, SamplingConfig, JudgeConfig):
         False, description="a score must be above judge_threshold (code), not only reach it (paper)"
     )
     cpu_s: float = Field(
-        5.0, gt=0, description="CPU seconds for one function and a completion; 5 is the code's timeout"
+        5.0, gt=0, description="CPU seconds for a function and a completion; 5 is the code's timeout"
     )
 
 

@@ -65,8 +65,8 @@ def make_pairs(
     """Pairs of one prompt's completions, and what became of the prompt and of the completions left out.
 
     The counts are for the log of the yield. One of a prompt: `paired`, or why it gave no pair: `too_few` (fewer than
-    two usable completions), `tie`, `below_margin`, `none_chosen` (no completion may be chosen), `none_rejected`, `one_sided` (`all`
-    only: no winner, or no loser). Of completions: `dropped_error`, `dropped_identical`.
+    two usable completions), `tie`, `below_margin`, `none_chosen` (no completion may be chosen), `none_rejected`,
+    `one_sided` (`all` only: no winner, or no loser). Of completions: `dropped_error`, `dropped_identical`.
 
     Args:
         scored: the completions of one prompt, in any order.
