@@ -63,7 +63,7 @@ def run(config: ConstrainConfig, inputs: Mapping[str, Table | ModelRef], tools: 
     assert isinstance(queries, Table) and isinstance(library, Table)
     heldout = inputs.get("heldout")
     held = {root_text(row["prompt"]) for row in heldout.rows(["prompt"])} if isinstance(heldout, Table) else set()
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"preset": config.preset}
     return Result(_rows(config, queries, library, held, tools, summary), summary)
 
 

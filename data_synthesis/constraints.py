@@ -110,7 +110,7 @@ class ConstraintsConfig(PresetConfig):
 def run(config: ConstraintsConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives the constraints that kept a function, as prompts of the task `follow`."""
     templates = load_templates(config.templates, SHIPPED, TEMPLATES)
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"preset": config.preset}
     return Result(_rows(config, read_seeds(config.seeds), templates, tools, summary), summary)
 
 

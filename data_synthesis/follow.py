@@ -54,7 +54,7 @@ def run(config: FollowConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
     table = inputs["prompts"]
     assert isinstance(table, Table)
     template = load_template(config.judge_template, TEMPLATES, ["completion"])
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"preset": config.preset}
     return Result(_rows(config, template, table, tools, summary), summary)
 
 

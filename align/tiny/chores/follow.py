@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 
-from align.core.asking import fill
+from align.core.asking import fill, load_template, load_templates
 from align.core.records import Messages
 from align.tiny import world
+from data_synthesis.constraints import SHIPPED, TEMPLATES
+from reward import judge
 
-_ROOT = Path(__file__).resolve().parents[3]
+_TEMPLATES = load_templates("tiny", SHIPPED, TEMPLATES) | {
+    "quality": load_template("follow_tiny", judge.TEMPLATES, ["completion"])
+}
+
 PHRASES: dict[str, tuple[str, ...]] = {
     "upper case": (*world._DEMANDS["upper case"], "Make it upper case.", "All in upper case."),
     "sorted": (*world._DEMANDS["sorted"], "Give them sorted.", "Keep them in sorted order."),
@@ -42,8 +46,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
 
 
 def _filled(template: str, **values: str) -> Messages:
-    text = (_ROOT / template).read_text(encoding="utf-8").removesuffix("\n")
-    return [{"role": "user", "content": fill(text, values)}]
+    return [{"role": "user", "content": fill(_TEMPLATES[template], values)}]
 
 
 def augment(rng: random.Random) -> tuple[Messages, str]:
@@ -51,7 +54,7 @@ def augment(rng: random.Random) -> tuple[Messages, str]:
     phrases = PHRASES[rng.choice(list(PHRASES))]
     seed = rng.choice(phrases)
     said = rng.sample([phrase for phrase in phrases if phrase != seed], 2)
-    return _filled("data_synthesis/templates/constraints/tiny/augment.txt", count="2", seeds=seed), "\n".join(said)
+    return _filled("augment", count="2", seeds=seed), "\n".join(said)
 
 
 def verifier(rng: random.Random) -> tuple[Messages, str]:
@@ -60,7 +63,7 @@ def verifier(rng: random.Random) -> tuple[Messages, str]:
     outcomes = [True, False, rng.random() < 0.5]
     rng.shuffle(outcomes)
     answer = {"func": _function(rng.choice(CHECKS[demand])), "cases": [_case(rng, demand, met) for met in outcomes]}
-    prompt = _filled("data_synthesis/templates/constraints/tiny/verifier.txt", constraint=rng.choice(PHRASES[demand]))
+    prompt = _filled("verifier", constraint=rng.choice(PHRASES[demand]))
     return prompt, json.dumps(answer)
 
 
@@ -79,7 +82,7 @@ def back(rng: random.Random) -> tuple[Messages, str]:
     """A function to the demand that it checks."""
     demand = rng.choice(list(CHECKS))
     function = _function(rng.choice(CHECKS[demand]))
-    return _filled("data_synthesis/templates/constraints/tiny/back.txt", function=function), PHRASES[demand][0]
+    return _filled("back", function=function), PHRASES[demand][0]
 
 
 def relation(rng: random.Random) -> tuple[Messages, str]:
@@ -87,7 +90,7 @@ def relation(rng: random.Random) -> tuple[Messages, str]:
     demand, other = rng.sample(list(PHRASES), 2)
     same = rng.random() < 0.5
     prompt = _filled(
-        "data_synthesis/templates/constraints/tiny/relation.txt",
+        "relation",
         constraint=rng.choice(PHRASES[demand]), back=PHRASES[demand if same else other][0],
     )  # fmt: skip
     return prompt, "entailment" if same else "contradiction"
@@ -105,7 +108,7 @@ def quality(rng: random.Random) -> tuple[Messages, str]:
         words = _spoilt(rng, words)
     completion = world._render(words, rng.sample(list(PHRASES), 1))
     prompt = _filled(
-        "reward/templates/follow_tiny.txt", lowest="0", highest="10", instruction=item.instruction,
+        "quality", lowest="0", highest="10", instruction=item.instruction,
         completion=completion,
     )  # fmt: skip
     return prompt, f"Score: {9 if right else 2}"
