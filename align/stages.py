@@ -27,6 +27,18 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "reject": ("data_synthesis.reject:STAGE", "sampled completions with verdicts; the distinct right ones marked"),
     "execute": ("data_synthesis.execute:STAGE", "sampled programs, run against tests in the sandbox"),
+    "constraints": (
+        "data_synthesis.constraints:STAGE",
+        "constraints on the form of answers, with functions that check them, cross-validated (AutoIF)",
+    ),
+    "constrain": (
+        "data_synthesis.constrain:STAGE",
+        "queries under constraints: prompts that functions can check (AutoIF)",
+    ),
+    "follow": (
+        "data_synthesis.follow:STAGE",
+        "completions of constrained prompts, checked by the constraints' functions and a judge (AutoIF)",
+    ),
     "constitute": (
         "data_synthesis.constitute:STAGE",
         "completions that follow and that deviate from principles, and revised ones, checked",

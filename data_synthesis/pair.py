@@ -36,6 +36,10 @@ class PairConfig(StageConfig):
     chosen_passes: bool = Field(
         True, description="never choose a completion that a verifier failed, however well graded"
     )
+    max_rejected: float | None = Field(
+        None, description="never reject a completion of a higher reward; 0 is AutoIF's (arXiv:2406.13542): no function "
+        "accepts it. None: no limit",
+    )  # fmt: skip
     max_broken_share: float = Field(
         0.2, ge=0, le=1, description="largest share of pairs whose rejected code does not run at all, for those "
         "are easy; kept from the first pair on [our choice]",
@@ -72,7 +76,7 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
         else:
             rows = _with_answer(rows) if config.answers else rows
             pairs, of_prompt = make_pairs(
-                [scored(row) for row in rows],
+                [scored(row, config.max_rejected) for row in rows],
                 config.strategy,
                 min_margin=config.min_margin,
                 max_pairs=config.max_pairs,
@@ -108,7 +112,7 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
         )
 
 
-def scored(row: Row) -> Scored:
+def scored(row: Row, max_rejected: float | None = None) -> Scored:
     """A COMPLETIONS row as pairing sees it.
 
     A right answer that its stage doesn't keep (by a false equation, or a path that another one has) isn't chosen.
@@ -120,6 +124,7 @@ def scored(row: Row) -> Scored:
         truncated=row.get("finish_reason") in ("length", "error"),
         choosable=row["verdict"] != "passed" or row.get("kept") is not False,
         runs=row.get("runs") is not False,
+        rejectable=max_rejected is None or (row["reward"] is not None and row["reward"] <= max_rejected),
     )
 
 

@@ -14,7 +14,7 @@ from align.core.errors import DataError, EngineError
 from align.core.records import Row, Split, Verdict
 from align.core.sandbox import Accept
 from align.core.stage import StageConfig
-from reward.verifiers import Verifiers
+from reward.verifiers import SANDBOXED, Verifiers
 
 NOT_RUNNING = ("does not compile", "the program raised")
 """How the code verifier's detail begins for a program that never got as far as its tests."""
@@ -206,7 +206,7 @@ def verified(
                 if verdict.verdict == "error" and not verdict.detail.startswith("timeout"):
                     budget.count(True, verdict.detail, seen_before=True)
             rows.append(completion_row(row, index, completion, verdict, generator))
-            if row["task"] == "code":
+            if row["task"] in SANDBOXED:
                 rows[-1]["sandbox_level"] = verifiers.sandbox_level
         yield rows
     budget.check()

@@ -35,7 +35,7 @@ def read_score(text: str, lowest: float, highest: float) -> float:
     Raises:
         MalformedError: no score at the end, several that differ, or a number outside the scale.
     """
-    body = _own_words(text)
+    body = own_words(text)
     try:
         bare = json.loads(body)
     except (ValueError, RecursionError):
@@ -51,7 +51,7 @@ def read_winner(text: str) -> Side:
     Raises:
         MalformedError: no winner at the end, or several that differ.
     """
-    body = _own_words(text)
+    body = own_words(text)
     if len(body) <= len("**tie**"):
         bare = body.strip("*.` ").lower()
         if bare in _SIDES:
@@ -62,7 +62,7 @@ def read_winner(text: str) -> Side:
 _SIDES: dict[str, Side] = {"a": "A", "b": "B", "tie": "tie", "answer a": "A", "answer b": "B"}
 
 
-def _own_words(text: str) -> str:
+def own_words(text: str) -> str:
     """The answer without the thinking before it that some models mark, and out of its fence where it is all in one."""
     body = text.strip()
     if body.startswith("<think>"):  # and only then: a judge may quote the mark

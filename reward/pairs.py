@@ -32,6 +32,7 @@ class Scored:
         truncated: it ended for want of tokens, and so is never chosen.
         choosable: false for one that may only be rejected (a right answer by a wrong way, say).
         runs: code that compiles and runs, right or wrong; of equally bad completions one that runs is rejected first.
+        rejectable: false for one that may only be chosen (one that is wrong in part, say).
     """
 
     text: str
@@ -40,6 +41,7 @@ class Scored:
     truncated: bool = False
     choosable: bool = True
     runs: bool = True
+    rejectable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,8 @@ def make_pairs(
     """Pairs of one prompt's completions, and what became of the prompt and of the completions left out.
 
     The counts are for the log of the yield. One of a prompt: `paired`, or why it gave no pair: `too_few` (fewer than
-    two usable completions), `tie`, `below_margin`, `none_chosen` (no completion may be chosen), `one_sided` (`all`
-    only: no winner, or no loser). Of completions: `dropped_error`, `dropped_identical`.
+    two usable completions), `tie`, `below_margin`, `none_chosen` (no completion may be chosen), `none_rejected`,
+    `one_sided` (`all` only: no winner, or no loser). Of completions: `dropped_error`, `dropped_identical`.
 
     Args:
         scored: the completions of one prompt, in any order.
@@ -93,19 +95,23 @@ def make_pairs(
     rng = random.Random(f"{seed}/pairs")
     shuffled = rng.sample(usable, len(usable))
     may_win = [i for i in shuffled if _choosable(scored[i], chosen_passes)]
+    may_lose = [i for i in shuffled if scored[i].rejectable]
     if strategy == "all":
         may_win = [i for i in usable if _choosable(scored[i], chosen_passes) and scored[i].verdict == "passed"]
-        losers = sorted((i for i in usable if scored[i].verdict == "failed"), key=lambda i: not scored[i].runs)
+        failed = (i for i in usable if scored[i].verdict == "failed" and scored[i].rejectable)
+        losers = sorted(failed, key=lambda i: not scored[i].runs)
         candidates = _walk(may_win, losers)
         reason = "tie" if candidates else "one_sided"
     elif not may_win:
         reason, candidates = "none_chosen", []
+    elif not may_lose:
+        reason, candidates = "none_rejected", []
     elif strategy == "max_min":
         best = max(may_win, key=lambda i: _reward(scored[i]))
-        worst = min(shuffled, key=lambda i: (_reward(scored[i]), not scored[i].runs))
+        worst = min(may_lose, key=lambda i: (_reward(scored[i]), not scored[i].runs))
         reason, candidates = "tie", [(best, worst)]
     else:
-        reason, candidates = "tie", [(i, j) for i in may_win for j in shuffled]
+        reason, candidates = "tie", [(i, j) for i in may_win for j in may_lose]
         rng.shuffle(candidates)
 
     limit = max_pairs if strategy == "all" else 1

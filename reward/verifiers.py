@@ -27,12 +27,15 @@ Verify = Callable[[str, Mapping[str, Any]], Verdict]
 VERIFIERS: dict[str, Verify | None] = {
     "math": math_answers.verify,  # `Verifiers` adds the process that compares formulas
     "code": None,  # runs in the sandbox, which `Verifiers` starts
+    "follow": None,  # its functions do
     "constraints": constraints.verify,
     "exact": simple_checks.verify_exact,
     "tags": simple_checks.verify_tags,
     "principle": simple_checks.verify_principle,
 }
 TASKS: tuple[str, ...] = (*VERIFIERS, *JUDGED)
+SANDBOXED: tuple[str, ...] = tuple(task for task, verify in VERIFIERS.items() if verify is None)
+"""Tasks whose verifier runs code that a model wrote; their rows say at which level (`sandbox_level`)."""
 
 VerifyRow = tuple[Any, Any, Any, Any]
 """Task, completion text, reference (an object, or its JSON string), prompt text; of any type: rows may be broken."""
@@ -99,8 +102,9 @@ class Verifiers:
             yield from self._verify_chunk(chunk)
 
     def _verify_chunk(self, rows: Sequence[VerifyRow]) -> list[Verdict]:
-        verdicts: list[Verdict | None] = []
+        verdicts: list[Verdict | str] = []  # or the task, where a verdict is still to come
         code: list[tuple[str, Mapping[str, Any]]] = []
+        follow: list[tuple[str, Mapping[str, Any]]] = []
         for task, completion, raw_reference, prompt in rows:
             reference = _reference(raw_reference)
             problem = _problem(task, completion, reference)
@@ -111,13 +115,24 @@ class Verifiers:
             elif (verify := VERIFIERS[task]) is not None:
                 verdicts.append(_guarded(verify, task, completion, reference))
             else:
-                verdicts.append(None)
-                code.append((completion, _with_given_code(reference, prompt)))
-        ran = iter(self._code_verifier().verify_many(code) if code else ())
-        return [next(ran) if verdict is None else verdict for verdict in verdicts]
+                verdicts.append(task)
+                if task == "code":
+                    code.append((completion, _with_given_code(reference, prompt)))
+                else:
+                    follow.append((completion, reference))
+        ran = {
+            "code": iter(self._code_verifier().verify_many(code) if code else ()),
+            "follow": iter(self._verify_follow(follow) if follow else ()),
+        }
+        return [next(ran[verdict]) if isinstance(verdict, str) else verdict for verdict in verdicts]
 
     def _verify_math(self, completion: str, reference: Mapping[str, Any]) -> Verdict:
         return math_answers.verify(completion, reference, self._formulas)
+
+    def _verify_follow(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Verdict]:
+        from reward.constraint_library import verify_many
+
+        return verify_many(self._code_verifier().sandbox, rows)
 
     def _code_verifier(self) -> CodeVerifier:
         if self._code is None:

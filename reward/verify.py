@@ -28,7 +28,7 @@ from align.core.store import ModelRef, Table
 from align.core.text import prompt_id_of
 from reward.judge_references import as_comparison
 from reward.judged import JudgedConfig, judged
-from reward.verifiers import TASKS, Verifiers, VerifyRow
+from reward.verifiers import SANDBOXED, TASKS, Verifiers, VerifyRow
 
 _OWN = ("verdict", "reward", "detail", "sandbox_level", "prompt", "completion")
 _ALL_TASKS = ", ".join(TASKS)
@@ -80,7 +80,7 @@ def _verified(config: VerifyConfig, parts: Sequence[Part], tools: Tools, summary
             row, problem = waiting.popleft()
             verdict = Verdict.error(problem) if problem else found
             row["verdict"], row["reward"], row["detail"] = verdict.verdict, verdict.reward, verdict.detail
-            row["sandbox_level"] = verifiers.sandbox_level if row["task"] == "code" else None
+            row["sandbox_level"] = verifiers.sandbox_level if row["task"] in SANDBOXED else None
             of_task = counts.setdefault(row["task"] if row["task"] in TASKS else "unknown", Counter())
             of_task[verdict.verdict] += 1
             passed += verdict.verdict == "passed"

@@ -27,7 +27,7 @@ from align.core.records import Kind, Message, Row, Verdict
 from align.core.stage import Asks, Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.evaluate.scores import Tally
-from reward.verifiers import Verifiers
+from reward.verifiers import SANDBOXED, Verifiers
 
 
 class Config(StageConfig):
@@ -96,7 +96,7 @@ def _rows(
             tally = Tally(n)
             for row in _graded(config, prompts, mode, n, params, tools.engines["policy"], verifiers):
                 tally.add(row)
-                row["sandbox_level"] = verifiers.sandbox_level if row["task"] == "code" else None
+                row["sandbox_level"] = verifiers.sandbox_level if row["task"] in SANDBOXED else None
                 passed += row["verdict"] == "passed"
                 tools.progress.advance(passed=passed)
                 yield row

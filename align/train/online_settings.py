@@ -33,7 +33,7 @@ class Config(DPOSettings):
         description="who scores: the verifier of a prompt's task where it has one and else the reward model (mix)",
     )
     verified_tasks: list[str] = Field(
-        ["math", "code", "constraints", "exact", "tags"],
+        ["math", "code", "constraints", "follow", "exact", "tags"],
         description="tasks whose verifier is asked under mix; others go to the reward model",
     )
     min_margin: float = Field(0.0, ge=0, description="least reward of the chosen over the rejected; ties never count")

@@ -12,6 +12,7 @@ from reward.verifiers import CHUNK, VERIFIERS, Verifiers, VerifyRow
 GOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
     "math": ("#### 72", "#### 73", {"answer": "72"}),
     "code": ("def f(x):\n    return x + 1", "def f(x):\n    return x", {"tests": ["assert f(1) == 2"]}),
+    "follow": ("A", "a", {"functions": ["def evaluate(s): return s.isupper()"]}),
     "constraints": ("a b", "a, b", {"constraints": [{"id": "punctuation:no_comma"}]}),
     "exact": ("a", "b", {"answer": "a"}),
     "tags": ('["a"]', '["b"]', {"tags": ["a"]}),
