@@ -18,7 +18,7 @@ from align.core.store import ModelRef, Table
 from align.core.text import stable_hash
 from data_synthesis.sampling import ErrorBudget
 from reward.annotations import completion_id, read_all
-from reward.judge import TEMPLATES, Judgement, params_of, score, score_question
+from reward.judge import TEMPLATES, Judgement, Values, params_of, score, score_question
 from reward.judge_pairs import Comparison, PairTally, Winner, compare, pair_questions
 from reward.judged import NO_REFERENCE, JudgedConfig
 from reward.rankings import Ranking, circular_triads, ranking_of
@@ -131,7 +131,8 @@ class JudgeRanker:
             self.counts.update(circular_triads=circular, triads=triads)
 
     def _pair_questions(self, group: Group) -> list[Question[Any]]:
-        values, more = {"instruction": group.prompt, "reference": NO_REFERENCE}, {"rubric": self.config.rubric}
+        values: Values = {"instruction": group.prompt, "reference": NO_REFERENCE}
+        more = {"rubric": self.config.rubric}
         return [
             question
             for one, other in combinations(group.completions, 2)
@@ -167,7 +168,8 @@ class JudgeRanker:
             yield group, place, said
 
     def _score_question(self, group: Group, place: int) -> Question[float]:
-        values = {"instruction": group.prompt, "reference": NO_REFERENCE, "completion": group.completions[place]}
+        completion = group.completions[place]
+        values: Values = {"instruction": group.prompt, "reference": NO_REFERENCE, "completion": completion}
         more = {"rubric": self.config.rubric}
         return score_question(self.score_template, values, self.config.scale, self.config.judge_json, more)
 
@@ -227,8 +229,8 @@ class People:
             raise DataError(
                 f"rank: there are no annotations yet ({missing[0]}); a person makes them with\n"
                 f"    align rank --serve completions={folder} out={missing[0]}\n"
-                f"or they are read from another tool's file with `align rank --import`. Set annotations=[{missing[0]}], "
-                "and run the same command again"
+                "or they are read from another tool's file with `align rank --import`. Then set "
+                f"annotations=[{missing[0]}], and run the same command again"
             )
         self.standing, self.torn = read_all(paths)
         annotators = dict.fromkeys(name for name, _ in self.standing)

@@ -142,7 +142,13 @@ def annotation_of(found: Any, where: str) -> Annotation:
     if problems := [expected for is_wrong, expected in wrong if is_wrong]:
         raise DataError(f"{where}: is no annotation: {'; '.join(problems)}")
     return Annotation(
-        texts[0], texts[1], found["did"], ranks, found.get("good", True), seconds, str(found.get("at", ""))
+        prompt_id=found["prompt_id"],
+        annotator=found["annotator"],
+        did=found["did"],
+        ranks=ranks,
+        good=found.get("good", True),
+        seconds=seconds,
+        at=str(found.get("at", "")),
     )
 
 
@@ -172,7 +178,9 @@ class AnnotationFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as problem:
-            raise RunError(f"{path}: can't be written to ({problem.strerror}); name another file with out=") from problem
+            raise RunError(
+                f"{path}: can't be written to ({problem.strerror}); name another file with out="
+            ) from problem
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
@@ -218,7 +226,9 @@ class AnnotationFile:
             os.fsync(self._descriptor)
         except OSError as problem:
             os.ftruncate(self._descriptor, before)
-            raise RunError(f"{self.path}: nothing was saved ({problem.strerror}); mend it, then save again") from problem
+            raise RunError(
+                f"{self.path}: nothing was saved ({problem.strerror}); mend it, then save again"
+            ) from problem
         _stand(self.standing, said)
 
     def close(self) -> None:
