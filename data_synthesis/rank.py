@@ -13,8 +13,10 @@ Rankers beside the one that decides (`also`) only say how far they agree with it
 already, on a page of this machine or in another tool; by=people, annotations=[FILE.jsonl] reads what they said:
 
     align rank --serve completions=FOLDER out=FILE.jsonl [annotator=NAME] [port=0] [prompts=1000] [browser=true]
-    align rank --export argilla|label-studio completions=FOLDER out=FILE.json [question=rating] [annotations=[FILE.jsonl]]
-    align rank --import argilla|label-studio source=FILE.json completions=FOLDER out=FILE.jsonl [annotators={ID: NAME}]
+    align rank --export TOOL completions=FOLDER out=FILE.json [question=rating] [annotations=[FILE.jsonl]]
+    align rank --import TOOL source=FILE.json completions=FOLDER out=FILE.jsonl [annotators={ID: NAME}]
+
+TOOL is argilla or label-studio.
 
 Differs from the report: it gives no procedure; comparing in both orders is MT-Bench's (arXiv:2306.05685), the score is
 Copeland's, the criterion is a judge's score of the best, the gate of the reward model, or the person's own word.

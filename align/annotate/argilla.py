@@ -2,10 +2,10 @@
 
     {"id": …, "fields": {…}, "metadata": {…}, "suggestions": {…}, "responses": {QUESTION: [{"value": …, "user_id": …}]}}
 
-A ranking is one record a prompt, with the fields `prompt`, `completion_1`, `completion_2`, … and the question `ranking`,
-whose value is a list of those names, the best first (Argilla 2), or of objects with `value` and `rank` (Argilla 1, and
-the server's own form), where equal ranks are a tie. A rating is one record a completion, with the question `rating`
-(a whole number, higher is better).
+A ranking is one record a prompt, with the fields `prompt`, `completion_1`, `completion_2`, … and the question
+`ranking`, whose value is a list of those names, the best first (Argilla 2), or of objects with `value` and `rank`
+(Argilla 1, and the server's own form), where equal ranks are a tie. A rating is one record a completion, with the
+question `rating` (a whole number, higher is better).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _ranking(item: Item, said: Iterable[Annotation]) -> dict[str, Any]:
             continue
         if len(set(one.ranks.values())) < len(one.ranks):
             raise DataError(
-                f"{one.annotator} gave completions of the prompt {item.prompt_id} the same rank, and an Argilla ranking "
-                "has no ties; say question=rating"
+                f"{one.annotator} gave completions of the prompt {item.prompt_id} one rank, and an Argilla ranking has "
+                "no ties; say question=rating"
             )
         order = sorted((each for each in one.ranks if each in names), key=lambda each: one.ranks[each])
         responses.append(_response([names[each] for each in order], one.annotator))

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from align.annotate import argilla, label_studio
-from align.annotate.desk import Desk, Item, read_items
+from align.annotate.desk import Desk, read_items
 from align.annotate.exchange import Question
 from align.core.errors import DataError, RecipeError
 from align.core.stage import StageConfig
@@ -117,9 +117,7 @@ def serve(settings: ServeSettings) -> None:
             )
         desk = Desk(items, file, settings.annotator, settings.seed)
         done = desk.state()["progress"]
-        print(
-            f"{done['ranked']} of {done['all']} prompts ranked by {settings.annotator}; Ctrl-C stops, and nothing is lost"
-        )
+        print(f"{done['ranked']} of {done['all']} prompts ranked by {settings.annotator}; Ctrl-C stops, all is kept")
         with PageServer(desk, settings.port) as server:
             print(f"open {server.url}", flush=True)
             if settings.browser:

@@ -95,6 +95,6 @@ class Votes:
         """
         if records and self.unknown == records:
             raise DataError(
-                f"{where}: none of {records} records is about a prompt of these completions; import what was exported of "
-                "the same ones, with ids and `data` as they were"
+                f"{where}: none of {records} records is about a prompt of these completions; import what was exported "
+                "of the same ones, with ids and `data` as they were"
             )

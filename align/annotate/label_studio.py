@@ -4,8 +4,8 @@
 
 A ranking is one task a prompt; `data.items` are the completions, with `id`, `title` and `body`, shown by the tag `List`
 and ordered by `Ranker`. Its value is `{"ranker": {NAME: [ids, best first]}}`, or with buckets `{"ranker": {BUCKET:
-[ids], …}}`, where our buckets are named by their rank, so that ties can be said. A rating is one task a completion, with
-the tag `Rating`, whose value is `{"rating": n}`.
+[ids], …}}`, where our buckets are named by their rank, so that ties can be said. A rating is one task a completion,
+with the tag `Rating`, whose value is `{"rating": n}`.
 """
 
 from __future__ import annotations

@@ -34,10 +34,10 @@ function write(into, text) {
   }
   let lines = [], fenced = false;
   const flush = (code) => {
-    if (lines.length) {
+    if (lines.some((line) => line.trim())) {
       const piece = element("div", code ? "code" : "text");
       piece.dir = code ? "ltr" : "auto";
-      plain(piece, lines.join("\n"));
+      plain(piece, lines.join("\n").replace(/^\n+|\n+$/g, ""));
       into.append(piece);
     }
     lines = [];
@@ -210,6 +210,7 @@ function save() {
 }
 function skip() { if (item) call("/api/skip", { prompt_id: item.prompt_id }, "Skipped."); }
 function undo() { if (!by("undo").disabled) call("/api/undo", {}, "Taken back; save it again."); }
+function monospace() { document.body.classList.toggle("plain"); }
 function none() { if (item) { good = !good; mark(false); } }
 
 by("save").addEventListener("click", save);
@@ -223,7 +224,7 @@ by("close").addEventListener("click", () => by("help").close());
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || by("help").open) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const acts = { Enter: save, s: skip, u: undo, x: none, "?": () => by("help").showModal() };
+  const acts = { Enter: save, s: skip, u: undo, x: none, m: monospace, "?": () => by("help").showModal() };
   if (item) {
     const count = item.answers.length;
     acts.ArrowRight = () => { here = (here + 1) % count; mark(true); };
