@@ -123,7 +123,7 @@ def _a_clear_pair() -> list[Row]:
 
 
 def test_a_judge_that_goes_in_a_circle_is_counted(bench: Bench) -> None:
-    """Rock, paper, scissors: each wins once of two comparisons, so all rewards are a half, and the one triad is circular."""
+    """Rock, paper, scissors: each wins once of two comparisons, so each reward is a half; the triad is circular."""
     beats = {("rock", "scissors"), ("scissors", "paper"), ("paper", "rock")}
 
     def answer(prompt: Prompt, index: int) -> str:
