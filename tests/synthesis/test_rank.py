@@ -359,3 +359,29 @@ def test_rank_killed_twice_asks_for_nothing_twice(tmp_path: Path) -> None:
         {"sampler": sampled, "sampler-2": lambda prompt, index: f"fair {index}", "judge": judge._look_up},
     )  # fmt: skip
     assert len(rows) == 16 and any(row["kept"] for row in rows)
+
+
+def test_a_reward_model_ranks_by_its_scores_and_its_gate_decides_whether_the_best_is_good_enough(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """A random head: whatever it says, ranks follow its scores. An open gate takes every best, a closed one none."""
+    from align.core.records import Kind
+    from align.core.store import ModelRef
+    from reward.loading import template_hash
+    from reward.model import Card, Gate
+    from tests.train.tiny import make_tokenizer, save_model
+
+    folder = Path(save_model(tmp_path / "rm"))
+    given = completions(1, "The answer is 7.", "No", "Yes.")
+    kept = []
+    for closed in ("", "none was precise enough"):
+        gates = {"exact": Gate(None if closed else -1e9, None, 0.0, closed)}
+        Card("logprob", 1.0, gates, "x", template_hash(make_tokenizer())).write(folder)
+        ref = ModelRef.open(folder, Kind.REWARD_MODEL)
+        rows = bench.run(STAGE, {"by": "reward_model"}, completions=given, reward_model=ref)
+        order = sorted(rows, key=lambda row: -row["score"])
+        assert [row["rank"] for row in order] == [1, 2, 3]
+        assert [row["reward"] for row in order] == [1.0, 0.5, 0.0]
+        kept.append([row["kept"] for row in order])
+    assert kept == [[True, False, False], [False, False, False]]
+    assert "gate does not believe it" in order[0]["detail"]
