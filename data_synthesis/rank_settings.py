@@ -24,6 +24,18 @@ class RankConfig(SamplingConfig, JudgedConfig):
         "pairs", description="what a judge is asked: which of two is better, for every two in both orders, n(n-1) "
         "questions of n completions; or the score of each, n questions, coarser",
     )  # fmt: skip
+    judge_template: str = Field(
+        "judge_rubric", description="what the judge is asked for a score: a shipped template's name, a file, or the text "
+        "itself, with {completion}, and {instruction}, {rubric}, {lowest}, {highest}, {mark} as wanted",
+    )  # fmt: skip
+    compare_template: str = Field(
+        "judge_pair", description="what the judge is asked of two: the same, with {completion_a} and {completion_b}, and "
+        "{instruction}, {rubric}, {mark} as wanted",
+    )  # fmt: skip
+    rubric: str = Field(
+        "Does it do what the instruction asks: correctly above all, then completely and to the point?", min_length=1,
+        description="what counts, where the template has {rubric}",
+    )  # fmt: skip
     criteria: list[Criterion] | None = Field(
         None, description="what the best must meet to pass: judge (scores it judge_threshold or more), verifier (of "
         "the prompt's task), reward_model (its gate), people (most found it good enough); by default that of `by`",

@@ -57,7 +57,9 @@ def test_what_people_said_comes_back_the_same_ties_and_all(folder: Path, tool: s
 def test_an_argilla_ranking_comes_back_the_same(folder: Path) -> None:
     """Only the first prompt, for all records of a ranking have the same number of answers."""
     write(folder / "a.jsonl", ranked(0, "ann", 2, 1, 4, 3))
-    command(folder, "--export", "argilla", f"out={folder / 'out.json'}", f"annotations=[{folder / 'a.jsonl'}]", "prompts=1")
+    command(
+        folder, "--export", "argilla", f"out={folder / 'out.json'}", f"annotations=[{folder / 'a.jsonl'}]", "prompts=1"
+    )
     (record,) = json.loads((folder / "out.json").read_text())
     (response,) = record["responses"]["ranking"]
     assert response["value"] == ["completion_2", "completion_1", "completion_4", "completion_3"]
