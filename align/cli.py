@@ -262,6 +262,10 @@ def _stage_command(verb: str) -> Callable[..., None]:
                 from align.stages import load
 
                 print_stage_help(load(verb), _console())
+            elif verb == "rank" and any(each.startswith("--") for each in given):
+                from align.annotate.commands import run as run_annotation
+
+                run_annotation(given)
             else:
                 _run_stage(verb, given)
 

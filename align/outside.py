@@ -34,7 +34,7 @@ def check_outside(step: Step, problems: Problems) -> None:
             _check_model(engine.model, Kind.MODEL, problems)
     for key in step.stage.reads:
         for text in _texts(getattr(step.config, key, None)):
-            if _names_missing_file(text):
+            if key not in step.stage.made_later and _names_missing_file(text):
                 problems.add(("steps", step.name, "with", key), f"'{text}': there is no such file or folder")
 
 

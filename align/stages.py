@@ -47,6 +47,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "data_synthesis.lookalikes:STAGE",
         "harmless requests that look harmful, written after harmful ones",
     ),
+    "rank": (
+        "data_synthesis.rank:STAGE",
+        "completions of several models ranked by a judge, a reward model or people; the best kept",
+    ),
     "verify": ("reward.verify:STAGE", "verdicts for completions that were made elsewhere"),
     "demonstrate": ("data_synthesis.demonstrate:STAGE", "demonstrations for SFT from scored completions"),
     "pair": ("data_synthesis.pair:STAGE", "preferences for DPO and the reward model from scored completions"),

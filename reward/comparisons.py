@@ -91,7 +91,8 @@ def read_groups(
 
 
 def _group(rows: list[Row], held_out: bool, answers: bool, counts: Counter[str]) -> Group | None:
-    absolute = all(row["verdict"] is not None for row in rows)
+    # of a ranking only the best passes, and the others are not wrong for that: its rewards say more
+    absolute = "rank" not in rows[0] and all(row["verdict"] is not None for row in rows)
     family = str(rows[0].get("family") or rows[0].get("task") or "all")
     group = Group(rows[0]["prompt"], family, held_out, absolute)
     places: dict[str, int] = {}

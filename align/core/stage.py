@@ -142,6 +142,8 @@ class Stage:
         optional_engines: those of the roles that it runs without; the others are required.
         several: those of the roles that may also be a list of engines; see `Tools.all_of`.
         reads: settings that name files or datasets; their content is part of the step's fingerprint.
+        made_later: those of `reads` whose files a person may make while the recipe is under way; the stage itself says
+            what to do where one is missing.
         adds: columns that it adds to those that come in or that the kind has.
         version: raised when the same settings would now give other rows.
         asks: what it asks of each role, from its settings; None where it samples nothing or can't tell.
@@ -158,6 +160,7 @@ class Stage:
     optional_engines: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    made_later: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     version: int = 1
     asks: Callable[[Any], Mapping[str, Asks]] | None = None

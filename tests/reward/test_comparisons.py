@@ -161,3 +161,13 @@ def test_nothing_to_compare_is_an_error_that_says_what_was_left_out(tmp_path: Pa
     groups = read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, 0.1, False, Counter())
     with pytest.raises(DataError, match=r"none of the 1 prompts is held out.*1 completions longer than max_length"):
         groups_on_disk(tmp_path / "groups", groups, make_tokenizer(), 3, 64, Counter())
+
+
+def test_of_a_ranking_the_rewards_count_since_only_its_best_has_passed(tmp_path: Path) -> None:
+    rows = [
+        {**row("a", text, verdict, reward=reward), "rank": rank}
+        for text, verdict, reward, rank in (("x", "passed", 1.0, 1), ("y", "failed", 0.5, 2), ("z", "failed", 0.0, 3))
+    ]
+    groups, _ = read(tmp_path, rows)
+    assert groups[0].values == [1.0, 0.5, 0.0]
+    assert not groups[0].absolute
