@@ -14,11 +14,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from align.core.engines.base import Engine
+from align.core.engines.base import Completion, Engine
 from align.core.errors import EngineError
-from align.core.records import Row
+from align.core.records import Row, Verdict
 from align.core.stage import StageConfig
-from data_synthesis.sampling import ErrorBudget, PooledConfig, sampled, verified
+from data_synthesis.sampling import ErrorBudget, PooledConfig, completion_row, sampled, verified
 from reward.verifiers import Verifiers
 
 BLOCK = 512
@@ -36,14 +36,14 @@ class Pool:
         engines: those of the role `sampler`.
         config: how many samples, at which temperatures.
         seed: of the step.
-        verifiers: give the verdicts.
+        verifiers: give the verdicts; without them all rows have the verdict `error`, and whoever asks gives one.
         budget: counts errors.
     """
 
     engines: Sequence[Engine]
     config: PooledConfig
     seed: int
-    verifiers: Verifiers
+    verifiers: Verifiers | None
     budget: ErrorBudget
 
     def __post_init__(self) -> None:
@@ -70,9 +70,7 @@ class Pool:
         while block := list(islice(remaining, BLOCK)):
             pool: list[list[Row]] = [[] for _ in block]
             for engine, temperature in sources:
-                for mine, more in zip(
-                    pool, self._of(engine, temperature, block, samples, first_index), strict=True
-                ):
+                for mine, more in zip(pool, self._of(engine, temperature, block, samples, first_index), strict=True):
                     mine += more
             yield from pool
 
@@ -81,10 +79,25 @@ class Pool:
     ) -> Iterator[list[Row]]:
         params = self.config.params(self.seed, temperature)
         answers = sampled(prompts, engine, samples, params, first_index)
-        for rows in verified(answers, self.verifiers, engine.generator, self.budget, first_index):
+        groups = (
+            self._unverified(answers, engine.generator)
+            if self.verifiers is None
+            else verified(answers, self.verifiers, engine.generator, self.budget, first_index)
+        )
+        for rows in groups:
             for row in rows:
                 row["temperature"] = temperature
             yield rows
+
+    def _unverified(self, answers: Iterable[tuple[Row, list[Completion]]], generator: str) -> Iterator[list[Row]]:
+        for row, completions in answers:
+            for completion in completions:
+                self.budget.count(completion.finish_reason == "error", completion.error)
+            yield [
+                completion_row(row, index, completion, Verdict.error(f"not sampled: {completion.error}"), generator)
+                for index, completion in enumerate(completions)
+            ]
+        self.budget.check()
 
 
 class RoundsConfig(StageConfig):
@@ -148,13 +161,13 @@ class Rounds:
                     for row in rows:
                         found[place].take(row, self.path(row))
                 taken += more
-                ends = {place: self._end(found[place], taken) for place in going_on}
+                ends = {place: self._end(found[place], taken, block[place]["task"]) for place in going_on}
                 self.ended.update(end for end in ends.values() if end)
                 going_on = [place for place in going_on if ends[place] is None]
             yield from (one.rows for one in found)
 
-    def _end(self, found: _Found, taken: int) -> Ended | None:
-        if len(found.paths) >= (self.config.right or 0):
+    def _end(self, found: _Found, taken: int, task: str) -> Ended | None:
+        if len(found.paths) >= (1 if task == "exact" else self.config.right or 0):  # an exact answer has one path
             return "solved"
         if (1 - self.config.least_rate) ** (found.since_new + 1) < self.config.doubt:
             return "given up"

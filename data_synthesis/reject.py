@@ -27,17 +27,17 @@ from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from data_synthesis.distinct import distinct_paths, most_distinct
 from data_synthesis.pooling import Pool, Rounds, RoundsConfig
-from data_synthesis.sampling import ErrorBudget, PooledConfig, Tally, answered, wanted
+from data_synthesis.sampling import ErrorBudget, PooledConfig, Tally, answered, wanted, why_lost, yielded
 from reward.judge import Judge, JudgeConfig, Values
 from reward.math_answers import equation_key, equations_hold
 from reward.verifiers import Verifiers
 
 STEPS: dict[str, tuple[str, ...]] = {
-    "passed": ("not sampled", "not verified", "wrong"),
-    "sound": ("cut off", "false equation"),
-    "reasonable": ("unreasonable to the judge", "judgement not read"),
-    "distinct": ("same path as another",),
-    "kept": ("beyond the limit `keep`",),
+    "passed": ("not sampled", "could not be verified", "wrong", "wrong, and cut off at max_tokens"),
+    "sound": ("right, but cut off at max_tokens", "right, but an equation does not hold"),
+    "reasonable": ("right, but not reasonable to the judge", "right, but its judgement can't be read"),
+    "distinct": ("right, but the path of another",),
+    "kept": ("right, but beyond `keep`",),
 }
 """The steps from a sample to a demonstration, and why a sample is lost at each."""
 
@@ -70,8 +70,8 @@ def run(config: RejectConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
 def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     skipped: Counter[str] = Counter()
     tally = Tally()
-    lost: Counter[str] = Counter()
     paths = Paths()
+    steps = {step: why for step, why in STEPS.items() if step != "reasonable" or "judge" in tools.engines}
     tools.progress.start(len(table), "prompts")
     with Verifiers(config.sandbox, tools.progress.say) as verifiers:
         prompts = wanted(table.rows(), config.splits, skipped)
@@ -88,11 +88,10 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
             paths.count(rows, config)
             keep_distinct(rows, config)
             tally.count(rows)
-            lost.update(row["lost"] for row in rows if row["lost"] is not None)
             yield from rows
             tools.progress.advance(1, passed=tally.yielded())
             summary.update(tally.summary(), skipped=dict(skipped), distinct_paths=paths.summary())
-            summary.update(yielded(tally.prompts, tally.samples.total(), lost, "judge" in tools.engines))
+            summary.update(yielded(tally, tally.lost, steps))
             if config.right is not None:
                 summary["ended"] = dict(rounds.ended)
         if verifiers.sandbox_report:
@@ -102,14 +101,10 @@ def _rows(config: RejectConfig, table: Table, tools: Tools, summary: dict[str, A
 
 def loss(row: Row, config: RejectConfig) -> str | None:
     """Why a completion can't be kept, by its verdict, its end and its equations; None where it can."""
-    if row["finish_reason"] == "error":
-        return "not sampled"
-    if row["verdict"] != "passed":
-        return "wrong" if row["verdict"] == "failed" else "not verified"
-    if row["finish_reason"] != "stop":
-        return "cut off"
+    if row["verdict"] != "passed" or row["finish_reason"] != "stop":
+        return why_lost(row)
     if row["task"] == "math" and config.equations and not equations_hold(message_text(row["completion"])):
-        return "false equation"
+        return "right, but an equation does not hold"
     return None
 
 
@@ -119,8 +114,8 @@ def mark(rows: list[Row], config: RejectConfig) -> list[Row]:
         row["sample_index"] = index
         row["lost"] = loss(row, config)
         row["kept"] = row["lost"] is None
-        if row["lost"] == "false equation":
-            row["detail"] = "right answer, but an equation does not hold"
+        if row["lost"] == "right, but an equation does not hold":
+            row["detail"] = row["lost"]
     return rows
 
 
@@ -146,7 +141,11 @@ def judged(groups: Iterable[list[Row]], judge: Judge, max_error_share: float) ->
             row["judge_words"] = [answer.text for answer in judgement.answers]
             row["kept"] = verdict.verdict == "passed"
             if not row["kept"]:
-                row["lost"] = "judgement not read" if verdict.verdict == "error" else "unreasonable to the judge"
+                row["lost"] = (
+                    "right, but its judgement can't be read"
+                    if verdict.verdict == "error"
+                    else "right, but not reasonable to the judge"
+                )
         yield rows
     budget.check()
 
@@ -166,7 +165,7 @@ def keep_distinct(rows: list[Row], config: RejectConfig) -> None:
     for place, row in enumerate(right):
         row["kept"] = place in chosen
         if not row["kept"]:
-            row["lost"] = "beyond the limit `keep`" if place in distinct else "same path as another"
+            row["lost"] = "right, but beyond `keep`" if place in distinct else "right, but the path of another"
 
 
 class Paths:
@@ -195,17 +194,6 @@ class Paths:
             "pooled": round(self.pooled / self.prompts, 4),
             **{by: of for by, of in means.items() if len(of) > 1},
         }
-
-
-def yielded(prompts: int, samples: int, lost: Counter[str], with_judge: bool) -> dict[str, Any]:
-    """The yield, step by step, and what was lost for which reason: sampled less all that is lost is kept."""
-    left = samples
-    steps = {"prompts": prompts, "sampled": samples}
-    for step, reasons in STEPS.items():
-        left -= sum(lost[reason] for reason in reasons)
-        if step != "reasonable" or with_judge:
-            steps[step] = left
-    return {"yield": steps, "lost": {why: lost[why] for whys in STEPS.values() for why in whys if lost[why]}}
 
 
 def asks(config: RejectConfig) -> dict[str, Asks]:

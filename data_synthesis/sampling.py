@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, field_validator
@@ -345,3 +345,19 @@ class Tally:
                 f"{stage}: {table} has no prompt to sample ({reasons}); prompts need a task and a reference (the stage "
                 "`prompts` gives them), and a split that the setting `splits` names"
             )
+
+
+def yielded(tally: Tally, lost: Counter[str], steps: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A summary's yield, step by step, and what was lost for which reason: sampled less all that is lost is kept.
+
+    Args:
+        tally: counted the prompts and samples.
+        lost: by reason.
+        steps: the steps in order, and the reasons why a sample is lost at each.
+    """
+    left = tally.samples.total()
+    reached = {"prompts": tally.prompts, "sampled": left}
+    for step, reasons in steps.items():
+        left -= sum(lost[reason] for reason in reasons)
+        reached[step] = left
+    return {"yield": reached, "lost": {why: lost[why] for whys in steps.values() for why in whys if lost[why]}}
