@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from align.core.engines.base import Completion, Engine, SamplingParams
 from align.core.engines.cache import in_order
@@ -27,11 +27,16 @@ CHECK_ERRORS_FROM = 200
 """From so many completions on, a share of errors above the limit stops a stage at once, not only at its end."""
 
 
-class SamplingConfig(StageConfig):
-    """How a stage samples; stages that sample have these settings, some with other defaults."""
+Temperature = Annotated[float, Field(ge=0, le=5)]
 
-    samples: int = Field(8, ge=1, description="completions sampled for each prompt")
-    temperature: float = Field(0.7, ge=0, le=5, description="sampling temperature; 0.7 is RFT's (arXiv:2308.01825)")
+
+class PooledConfig(StageConfig):
+    """How a stage samples that pools several models and temperatures (see `data_synthesis.pooling`)."""
+
+    samples: int = Field(8, ge=1, description="completions of each prompt, from every sampler at every temperature")
+    temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)] = Field(
+        0.7, description="sampling temperature, or several whose samples are pooled; 0.7 is RFT's (arXiv:2308.01825)"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 is off")
     top_k: int = Field(0, ge=0, description="only the k likeliest tokens; 0 is off")
     min_p: float = Field(
@@ -56,17 +61,36 @@ class SamplingConfig(StageConfig):
         """The verifiers' view of these settings."""
         return {"accept": self.accept, "cpu_s": self.cpu_s, "memory_mb": self.memory_mb}
 
-    def params(self, seed: int) -> SamplingParams:
-        """The engine's view of these settings."""
+    @property
+    def temperatures(self) -> list[float]:
+        """The temperatures, one or several."""
+        return self.temperature if isinstance(self.temperature, list) else [self.temperature]
+
+    @field_validator("temperature")
+    @classmethod
+    def _no_temperature_twice(cls, given: float | list[float]) -> float | list[float]:
+        if isinstance(given, list) and len(set(given)) < len(given):
+            raise ValueError("the same temperature twice gives the same samples twice; take more samples instead")
+        return given
+
+    def params(self, seed: int, temperature: float | None = None) -> SamplingParams:
+        """The engine's view of these settings, at one of the temperatures; the first by default."""
         return SamplingParams(
             max_tokens=self.max_tokens,
-            temperature=self.temperature,
+            temperature=self.temperatures[0] if temperature is None else temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=seed,
         )
+
+
+class SamplingConfig(PooledConfig):
+    """How a stage samples from one model; stages that sample have these settings, some with other defaults."""
+
+    samples: int = Field(8, ge=1, description="completions sampled for each prompt")
+    temperature: float = Field(0.7, ge=0, le=5, description="sampling temperature; 0.7 is RFT's (arXiv:2308.01825)")
 
 
 class ErrorBudget:
@@ -321,3 +345,19 @@ class Tally:
                 f"{stage}: {table} has no prompt to sample ({reasons}); prompts need a task and a reference (the stage "
                 "`prompts` gives them), and a split that the setting `splits` names"
             )
+
+
+def yielded(tally: Tally, lost: Counter[str], steps: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A summary's yield, step by step, and what was lost for which reason: sampled less all that is lost is kept.
+
+    Args:
+        tally: counted the prompts and samples.
+        lost: by reason.
+        steps: the steps in order, and the reasons why a sample is lost at each.
+    """
+    left = tally.samples.total()
+    reached = {"prompts": tally.prompts, "sampled": left}
+    for step, reasons in steps.items():
+        left -= sum(lost[reason] for reason in reasons)
+        reached[step] = left
+    return {"yield": reached, "lost": {why: lost[why] for whys in steps.values() for why in whys if lost[why]}}

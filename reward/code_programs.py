@@ -103,12 +103,17 @@ def wrong_output(output: bytes, cut: bool, expected: str) -> str:
     """How an output differs from what was expected; empty if it does so in white space at the ends of lines and
     newlines at the end alone."""
     text = output.decode("utf-8", "replace")
-    if not cut and _normal(text) == _normal(expected):
+    if not cut and same_output(text, expected):
         return ""
     return f"wrote {show(text)}, expected {show(expected)}"
 
 
-def _normal(text: str) -> str:
+def same_output(one: str, other: str) -> bool:
+    """Whether two outputs differ in white space at the ends of lines and newlines at the end alone."""
+    return normal_output(one) == normal_output(other)
+
+
+def normal_output(text: str) -> str:
     """Without white space at the ends of lines and newlines at the end."""
     return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").split("\n")).rstrip("\n")
 

@@ -139,12 +139,17 @@ class Judge:
 
         The reward is the score, the mean of all votes, moved to 0 (lowest) to 1 (highest).
         """
+        for item, judgement in self.judgements(items):
+            yield item, judgement.verdict
+
+    def judgements(self, items: Iterable[tuple[Item, Values]]) -> Iterator[tuple[Item, Judgement]]:
+        """The same with the votes and the judge's words."""
         scale, config = self.config.scale, self.config
         asked = ((item, [score_question(self.template, values, scale, config.judge_json)]) for item, values in items)
         for item, (answers,) in ask_each(
             self.engine, asked, self.params, config.judge_attempts, config.judge_votes, whole=True
         ):
-            yield item, score(answers, scale, config.judge_attempts).verdict
+            yield item, score(answers, scale, config.judge_attempts)
 
 
 def params_of(config: JudgeConfig, seed: int) -> SamplingParams:

@@ -10,7 +10,7 @@ import ast
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rapidfuzz import process
 
@@ -20,7 +20,11 @@ from reward.formulas import Formulas
 from reward.judged import JUDGED, NEEDS_JUDGE
 
 if TYPE_CHECKING:
+    from align.core.sandbox import Slot
     from reward.code_tests import CodeVerifier
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Verify = Callable[[str, Mapping[str, Any]], Verdict]
 
@@ -100,6 +104,14 @@ class Verifiers:
         """
         for chunk in chunks(rows):
             yield from self._verify_chunk(chunk)
+
+    def run_each(self, work: Callable[[Slot, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yields the results of `work(slot, item)` in the sandbox, in the order of the items (see `Sandbox.map`).
+
+        Raises:
+            SandboxError: code can't be run safely here.
+        """
+        return self._code_verifier().sandbox.map(work, items)
 
     def _verify_chunk(self, rows: Sequence[VerifyRow]) -> list[Verdict]:
         verdicts: list[Verdict | str] = []  # or the task, where a verdict is still to come

@@ -9,7 +9,8 @@ from align.core.engines.cache import CachedEngine
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
 from align.core.records import COLUMNS, Kind, Row
-from data_synthesis.reject import STAGE, distinct_paths
+from data_synthesis.distinct import distinct_paths, most_distinct
+from data_synthesis.reject import STAGE
 from data_synthesis.sampling import answered
 
 from .conftest import Bench, a_prompt
