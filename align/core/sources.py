@@ -82,8 +82,8 @@ def open_source(
     """
     sources = parse_sources(spec)
     known_as = name or " + ".join(Path(source.source).name for source in sources)
-    located = [locate(s.source, s.name, s.split, s.revision) for s in sources]
     kinds: tuple[Kind | None, ...] = kind if isinstance(kind, tuple) else (kind,)
+    located = [locate(s.source, s.name, s.split, s.revision, texts=kinds[0] is None) for s in sources]
     if len(sources) == 1 and sources[0] == Source(source=sources[0].source):
         ready = _ready(Path(sources[0].source).expanduser(), kinds, known_as)
         if ready is not None:
@@ -180,7 +180,7 @@ def read_rows(
     Raises:
         DataError: as for `open_source`.
     """
-    located = [locate(s.source, s.name, s.split, s.revision) for s in sources]
+    located = [locate(s.source, s.name, s.split, s.revision, texts=kind is None) for s in sources]
     shapes: dict[tuple[str, ...], formats.Shape] = {}
     for source, part, number, where, record in pick(sources, located, seed):
         named = _renamed(record, source, where)
