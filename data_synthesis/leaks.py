@@ -30,8 +30,8 @@ class LeakConfig(StageConfig):
         "Burmese); in a mixed run each counts in its own measure",
     )  # fmt: skip
     leak_share: float = Field(
-        0.5, ge=0, le=1, description="an instruction is refused if the runs that it shares with the passage (of 3 words "
-        "or characters or more) make up a larger share of the passage than this; 1 is off",
+        0.5, ge=0, le=1, description="an instruction is refused if the runs that it shares with the passage (of 3 "
+        "words or characters or more) make up a larger share of the passage than this; 1 is off",
     )  # fmt: skip
 
 

@@ -200,16 +200,19 @@ def cut(text: str, config: PassageConfig, skipped: Counter[str]) -> Iterator[tup
 
 # A distributor's lines around a public-domain text.
 _BEGINS = re.compile(r"^\*{3} ?START OF (?:THE|THIS) PROJECT GUTENBERG.*$", re.MULTILINE)
-_ENDS = re.compile(r"^(?:\*{3} ?END OF (?:THE|THIS) PROJECT GUTENBERG|End of (?:the )?Project Gutenberg).*$", re.MULTILINE)
+_ENDS = re.compile(
+    r"^(?:\*{3} ?END OF (?:THE|THIS) PROJECT GUTENBERG|End of (?:the )?Project Gutenberg).*$", re.MULTILINE
+)
 _FENCE = re.compile(r"\s{0,3}(?:```|~~~)")
 _CHAPTER = r"(?:chapter|part|book|volume|section|appendix|canto|act|scene)\s+(?:\d+|[ivxlcdm]+|one|two|three|the)\b"
 _TITLE_LINE = re.compile(
-    rf"\s{{0,3}}(?:#{{1,6}}\s+\S.*|(?:{_CHAPTER})[^.!?]{{0,60}}\.?|第.{{1,5}}[章回节節卷部篇].{{0,30}})\s*", re.IGNORECASE
+    rf"\s{{0,3}}(?:#{{1,6}}\s+\S.*|(?:{_CHAPTER})[^.!?]{{0,60}}\.?|第.{{1,5}}[章回节節卷部篇].{{0,30}})\s*",
+    re.IGNORECASE,
 )
 _RULE = re.compile(r"\s*([=\-~^\"'*+#_.`])\1{2,}\s*")
 _CONTENTS_LINE = re.compile(
-    rf"\s*(?:.*(?:\.{{3,}}|…+|(?:\. ){{3,}}|\s{{3,}}|\t)\s*(?:\d+|[ivxlc]+)|(?:[-*+]|\d+[.)])\s*\[.+\]\(#.*\)|{_CHAPTER}.*"
-    r"|第.{1,5}[章回节節卷部篇].*|\d+(?:\.\d+)*\.?\s+\S.{0,60}?\s\d+)\s*",
+    rf"\s*(?:.*(?:\.{{3,}}|…+|(?:\. ){{3,}}|\s{{3,}}|\t)\s*(?:\d+|[ivxlc]+)|(?:[-*+]|\d+[.)])\s*\[.+\]\(#.*\)"
+    rf"|{_CHAPTER}.*|第.{{1,5}}[章回节節卷部篇].*|\d+(?:\.\d+)*\.?\s+\S.{{0,60}}?\s\d+)\s*",
     re.IGNORECASE,
 )
 _TITLE_WORDS = 12

@@ -90,7 +90,7 @@ def _rows(
 ) -> Iterator[Row]:
     counts = Yield("passages", "asked", "written", "not_refused", "kept")
     skipped: Counter[str] = Counter()
-    levels = {level: 0 for level in config.levels}
+    levels = dict.fromkeys(config.levels, 0)
     tools.progress.start(None, "instructions")
     rows: Iterable[Row] = written(passages_of(table, config, skipped), config, templates, tools, counts)
     if "judge" in tools.engines:
@@ -130,10 +130,17 @@ def written(
             more = {"words": str(len(words(passage.text)))}
             counts.steps["passages"] += 1
             counts.steps["asked"] += len(config.levels)
-            yield passage, [
-                Question(filled(templates[level], {"passage": passage.text}, more), partial(accepted, passage=passage.text), schema)
-                for level in config.levels
-            ]
+            yield (
+                passage,
+                [
+                    Question(
+                        filled(templates[level], {"passage": passage.text}, more),
+                        partial(accepted, passage=passage.text),
+                        schema,
+                    )
+                    for level in config.levels
+                ],
+            )
 
     for passage, answers in ask_each(tools.engines["writer"], questions(), params, config.attempts, whole=True):
         for level, (answer,) in zip(config.levels, answers, strict=True):

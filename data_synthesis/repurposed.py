@@ -101,7 +101,11 @@ def _script(text: str) -> str | None:
 def readable(answer: Answer[str], most_words: int, bare: bool = False) -> str | None:
     """The instruction in an answer that was refused for what it says; None where there is none to read."""
     try:
-        return None if answer.problem.startswith((NOT_SAMPLED, CUT_OFF)) else read_instruction(answer.text, most_words, bare)
+        return (
+            None
+            if answer.problem.startswith((NOT_SAMPLED, CUT_OFF))
+            else read_instruction(answer.text, most_words, bare)
+        )
     except MalformedError:
         return None
 
@@ -170,7 +174,8 @@ def decided(row: Row, refused: tuple[str, str] | None, counts: Yield) -> Row:
     row["refused"] = refused[0] if refused else None
     row["kept"] = refused is None
     row["score"], row["judgement"] = None, None
-    counts.steps["not_refused"] += refused is None
+    if refused is None:
+        counts.passed()
     return row
 
 
@@ -186,12 +191,16 @@ class Yield:
         self.steps: dict[str, int] = dict.fromkeys(steps, 0)
         self.lost: Counter[str] = Counter()
 
+    def passed(self) -> None:
+        """An instruction came through the rules: the step before `kept`."""
+        self.steps[list(self.steps)[-2]] += 1
+
     def judged(self, row: Row) -> None:
         """Takes in a row that is done."""
         self.steps["kept"] += row["kept"]
         if not row["kept"]:
             failed = "the judge finds it no good answer" if row["verdict"] == "failed" else "the judge gave no score"
-            self.lost[row["refused"] or failed] += 1
+            self.lost[row.get("refused") or failed] += 1
 
     def summary(self) -> dict[str, Any]:
         """For the manifest."""
@@ -211,6 +220,6 @@ class Yield:
             )
 
 
-def unsampled(problem: str) -> str:
-    """Why there is no instruction, as a short reason to count by."""
-    return "not sampled" if problem.startswith(NOT_SAMPLED) else "the instruction can't be read"
+def unsampled(problem: str, what: str = "the instruction") -> str:
+    """Why there is nothing to go on with, as a short reason to count by."""
+    return "not sampled" if problem.startswith(NOT_SAMPLED) else f"{what} can't be read"

@@ -57,9 +57,7 @@ def our_split(name: str) -> Split | None:
     return "train" if found[1].startswith("train") else "test" if found[1].startswith(("test", "eval")) else "dev"
 
 
-def locate(
-    source: str, config: str | None, split: str | None, revision: str | None, texts: bool = False
-) -> list[Part]:
+def locate(source: str, config: str | None, split: str | None, revision: str | None, texts: bool = False) -> list[Part]:
     """The parts that a name stands for: a file, a glob, a folder, or a Hub id where no such path exists.
 
     Args:

@@ -1,4 +1,4 @@
-"""Chores of `repurpose`, `back-translate` and `role-play`: an instruction for an answer, a rating, a character's words."""
+"""Chores of `repurpose`, `back-translate` and `role-play`: an instruction for an answer, a rating, a role."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from align.core.asking import fill, load_template, load_templates
 from align.core.records import Messages
@@ -15,7 +14,9 @@ from data_synthesis.repurpose import TEMPLATES as SHIPPED
 from reward.judge import TEMPLATES as JUDGES
 
 _LEVELS = load_templates("tiny", SHIPPED, {level: ["passage"] for level in ("sparse", "medium", "detailed")})
-_ROLE = load_templates("tiny", SHIPPED.parent / "role-play", dict.fromkeys(("known", "unknown", "answer", "decline"), ()))
+_ROLE = load_templates(
+    "tiny", SHIPPED.parent / "role-play", dict.fromkeys(("known", "unknown", "answer", "decline"), ())
+)
 _BACKWARD = load_template("tiny/backward", SHIPPED.parent, ["answer"])
 _CURATE = load_template("tiny/curate", JUDGES, ["instruction", "completion"])
 _IN_ROLE = load_template("tiny/role", JUDGES, ["question", "completion"])
@@ -71,7 +72,7 @@ def _backward(rng: random.Random) -> tuple[Messages, str]:
 
 
 def _curate(rng: random.Random) -> tuple[Messages, str]:
-    """A rating: 5 for an answer that does all that is asked, 3 for one that does more or less of it, 2 for a wrong one."""
+    """A rating: 5 for an answer that does what is asked, 3 for one that does more, 2 for a wrong one."""
     item = _item(rng)
     level = rng.choice(("sparse", "medium", "detailed", "detailed"))
     instruction, kind = at_level(item, level), rng.random()
