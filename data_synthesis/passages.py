@@ -263,7 +263,7 @@ def no_prose(paragraph: str, min_letters: float = 0.6) -> str | None:
     titled = [line for line in lines if not _RULE.fullmatch(line)]
     if len(titled) == 1 and (len(lines) > 1 or _is_title(titled[0])):
         return "heading"
-    signs = [sign for sign in paragraph if not sign.isspace()]
+    signs = [sign for sign in paragraph if not sign.isspace() and sign not in _SENTENCE_MARK]
     letters = sum(unicodedata.category(sign)[0] in "LM" for sign in signs)
     if letters < min_letters * len(signs):
         return "few letters"
@@ -273,7 +273,7 @@ def no_prose(paragraph: str, min_letters: float = 0.6) -> str | None:
 def _is_title(line: str) -> bool:
     if _TITLE_LINE.fullmatch(line):
         return True
-    return len(words(line)) <= _TITLE_WORDS and not line.rstrip().endswith(_SENTENCE_MARK)
+    return 1 <= len(words(line)) <= _TITLE_WORDS and not line.rstrip().endswith(_SENTENCE_MARK)
 
 
 def _pieces(text: str, start: int, end: int, max_words: int) -> Iterator[tuple[int, int]]:

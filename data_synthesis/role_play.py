@@ -19,7 +19,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from align.core.asking import NOT_SAMPLED, Answer, Question, ask_each, fill, load_template, load_templates
+from align.core.asking import Answer, Question, ask_each, fill, load_template, load_templates
 from align.core.engines.base import Completion, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError
@@ -41,15 +40,15 @@ from data_synthesis.characters import (
     AskedFor,
     Profile,
     ProfileConfig,
-    gives_away,
     pairs_of,
     read_questions,
 )
+from data_synthesis.in_character import Checks, Dialogue, refused
 from data_synthesis.leaks import LeakConfig
 from data_synthesis.repurposed import Yield, unsampled
-from data_synthesis.sampling import ErrorBudget, answered
+from data_synthesis.sampling import ErrorBudget
 from reward.judge import TEMPLATES as JUDGES
-from reward.judge import Judge, JudgeConfig, Values, filled
+from reward.judge import Judge, JudgeConfig, filled
 
 TEMPLATES = Path(__file__).parent / "templates" / "role-play"
 NEEDS = {
@@ -103,25 +102,6 @@ class RolePlayConfig(ProfileConfig, LeakConfig, JudgeConfig):
         return self
 
 
-@dataclass
-class Dialogue:
-    """A conversation with a character, and the questions that it still has before it.
-
-    Attributes:
-        profile: of the character.
-        other: of the contrasting one.
-        questions: all of them, in order.
-        earlier: the turns so far, each answered well.
-        rows: what came of it.
-    """
-
-    profile: Profile
-    other: Profile
-    questions: Sequence[Asked]
-    earlier: Messages = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-
-
 def run(config: RolePlayConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives every answer in character with its verdict; the prompt has neither facts nor evidence."""
     table = inputs["profiles"]
@@ -169,13 +149,14 @@ class Stagecraft:
     def __init__(self, config: RolePlayConfig, templates: Mapping[str, str], tools: Tools) -> None:
         self.config, self.templates = config, templates
         self.writer = tools.engines["writer"]
-        self.judge = None
-        if "judge" in tools.engines:
-            self.judge = Judge(tools.engines["judge"], config, tools.seed, needs=("question", "completion"))
         self.seed = tools.seed
         self.params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=tools.seed)
         self.counts = Yield("asked", "questions", "answered", "kept")
         self.budget = ErrorBudget("role-play", config.max_error_share)
+        judge = None
+        if "judge" in tools.engines:
+            judge = Judge(tools.engines["judge"], config, tools.seed, needs=("question", "completion"))
+        self.checks = Checks(config, judge, self.counts, self.budget)
 
     def questioned(self, pairs: Iterable[tuple[Profile, Profile]]) -> Iterator[Dialogue]:
         """Yields the dialogues to be led: query simulation. Known and unknown questions are mixed in a drawn order."""
@@ -229,7 +210,7 @@ class Stagecraft:
         prompts = (self.sampled_prompt(dialogue, turn) for dialogue in dialogues)
         answers = in_order(self.writer, prompts, self.config.samples, self.params)
         groups = ((d, completions) for d, (_, completions) in zip(dialogues, answers, strict=True))
-        for dialogue, completions, verdicts in self.checked(list(groups), turn):
+        for dialogue, completions, verdicts in self.checks.checked(list(groups), turn):
             rows = [
                 self._row(dialogue, turn, index, completion, verdict)
                 for index, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True))
@@ -239,9 +220,8 @@ class Stagecraft:
             if good is not None:
                 dialogue.earlier = [*good["prompt"][bool(self.config.system) :], *good["completion"]]
                 continue
-            self.counts.lost["an earlier turn had no good answer"] += (
-                len(dialogue.questions) - turn - 1
-            ) * self.config.samples
+            if never_asked := len(dialogue.questions) - turn - 1:
+                self.counts.lost["an earlier turn had no good answer"] += never_asked * self.config.samples
             dialogue.questions = dialogue.questions[: turn + 1]
 
     def sampled_prompt(self, dialogue: Dialogue, turn: int) -> Messages:
@@ -261,59 +241,9 @@ class Stagecraft:
         opening: Messages = [{"role": "system", "content": system}] if system else []
         return [*opening, *dialogue.earlier, {"role": "user", "content": dialogue.questions[turn].question}]
 
-    def checked(
-        self, groups: Sequence[tuple[Dialogue, list[Completion]]], turn: int
-    ) -> Iterator[tuple[Dialogue, list[Completion], list[Verdict]]]:
-        """Yields the answers with their verdicts: the rules', and, where they pass and there is one, the judge's."""
-        ruled = [
-            (dialogue, completions, [self.rule(dialogue, turn, completion) for completion in completions])
-            for dialogue, completions in groups
-        ]
-        judge = self.judge
-        if judge is None:
-            yield from ruled
-            return
-
-        def questions(group: tuple[Dialogue, list[Completion], list[Verdict]]) -> Iterator[tuple[None, Values]]:
-            dialogue, completions, verdicts = group
-            asked = dialogue.questions[turn]
-            knower = dialogue.profile if asked.kind == "known" else dialogue.other
-            for completion, verdict in zip(completions, verdicts, strict=True):
-                if verdict.verdict == "passed":
-                    yield None, {
-                        "name": dialogue.profile.name, "facts": dialogue.profile.facts, "knower": knower.name,
-                        "evidence": asked.evidence, "question": asked.question, "completion": completion.text,
-                    }  # fmt: skip
-
-        for (dialogue, completions, verdicts), said in answered(ruled, questions, judge.judge_many):
-            given = iter(said)
-            final = [next(given)[1] if verdict.verdict == "passed" else verdict for verdict in verdicts]
-            for verdict in final:
-                if verdict.verdict == "error" and not verdict.detail.startswith(NOT_SAMPLED):
-                    self.budget.count(True, verdict.detail, seen_before=True)
-            yield dialogue, completions, final
-
-    def rule(self, dialogue: Dialogue, turn: int, completion: Completion) -> Verdict:
-        """What can be said of an answer without a judge."""
-        asked = dialogue.questions[turn]
-        self.budget.count(completion.finish_reason == "error", completion.error)
-        if completion.finish_reason == "error":
-            return Verdict.error(f"{NOT_SAMPLED}: {completion.error}")
-        self.counts.passed()
-        if completion.finish_reason == "length":
-            return Verdict.of(False, "cut off at max_tokens")
-        if not completion.text.strip():
-            return Verdict.of(False, "an empty answer")
-        if asked.kind == "unknown" and (
-            shown := gives_away(completion.text, asked, dialogue.profile.facts, self.config)
-        ):
-            return Verdict.of(False, f"{GIVES_AWAY}: {shown}")
-        return Verdict.of(True, "no rule is against it")
-
     def _row(self, dialogue: Dialogue, turn: int, index: int, completion: Completion, verdict: Verdict) -> Row:
         asked, profile = dialogue.questions[turn], dialogue.profile
         prompt = self.training_prompt(dialogue, turn)
-        lost = verdict.detail.split(":")[0] if verdict.verdict == "failed" and not is_judged(verdict) else None
         return {
             "prompt_id": prompt_id_of(prompt),
             "prompt": prompt,
@@ -330,7 +260,7 @@ class Stagecraft:
             "generator": self.writer.generator,
             "finish_reason": completion.finish_reason,
             "kept": verdict.verdict == "passed",
-            "refused": "not sampled" if verdict.detail.startswith(NOT_SAMPLED) else lost,
+            "refused": refused(verdict),
             "source_row": profile.row.get("source_row"),
             "license": profile.license,
             "parent_id": profile.row.get("prompt_id") if profile.row.get("prompt") else None,
@@ -341,14 +271,6 @@ class Stagecraft:
             "turn": turn,
             "raw_questions": asked.raw,
         }
-
-
-GIVES_AWAY = "gives away what only the other knows"
-
-
-def is_judged(verdict: Verdict) -> bool:
-    """Whether a verdict is a judge's."""
-    return verdict.detail.startswith("judge:")
 
 
 def asks(config: RolePlayConfig) -> dict[str, Asks]:
