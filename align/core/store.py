@@ -18,7 +18,7 @@ from align.core.fingerprint import content_fingerprint
 from align.core.records import Kind, Row
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "base"
-SHIPPED = {"tiny": TINY, "tiny-writer": TINY.with_name("writer")}
+SHIPPED = {"tiny": TINY, "tiny-writer": TINY.with_name("writer_model")}
 """The checkpoints that the package carries, by the names that stand for them; see docs/tiny_world.md."""
 
 _LONGEST_HEADER = 100_000_000
