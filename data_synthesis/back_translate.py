@@ -42,7 +42,7 @@ from reward.judge import JudgeConfig, filled
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class BackTranslateConfig(PassageConfig, JudgeConfig):
+class BackTranslateConfig(JudgeConfig, PassageConfig):
     """Settings of `back-translate`."""
 
     template: str = Field(

@@ -19,6 +19,7 @@ from align.core.stage import StageConfig
 from align.core.store import Table
 from align.core.text import normalise, split_of, stable_hash
 from data_synthesis.leaks import LeakConfig, shared, units
+from data_synthesis.passages import own_columns
 
 AskedFor = Literal["known", "unknown"]
 NOT_IN_PROFILE = "the evidence doesn't stand in the profile"
@@ -108,8 +109,8 @@ def pairs_of(
     missing = [column for column in (columns.name, columns.facts) if column not in table.columns]
     if missing:
         raise DataError(
-            f"{table.name}: has no column {', '.join(map(repr, missing))}; it has {', '.join(table.columns)}; name the "
-            "columns with name=… and facts=…"
+            f"{table.name}: has no column {', '.join(map(repr, missing))}; it has {own_columns(table)}; name the columns "
+            "with name=… and facts=…"
         )
     waiting: dict[str, list[Profile]] = {}
     last: dict[str, Profile] = {}

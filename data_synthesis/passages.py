@@ -21,7 +21,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from align.core.errors import DataError
-from align.core.records import Row, Split, message_text
+from align.core.records import COLUMNS, Kind, Row, Split, message_text
 from align.core.stage import StageConfig
 from align.core.store import Table
 from align.core.text import normalise, split_of, stable_hash, words
@@ -105,8 +105,8 @@ def passages_of(table: Table, config: PassageConfig, skipped: Counter[str]) -> I
     """
     if config.text not in table.columns:
         raise DataError(
-            f"{table.name}: has no column {config.text!r} with the passages' text; it has {', '.join(table.columns)}; "
-            "name one of them with text=…"
+            f"{table.name}: has no column {config.text!r} with the passages' text; it has {own_columns(table)}; name one "
+            "of them with text=…"
         )
     seen: set[int] = set()
     for row in table.rows():
@@ -125,6 +125,12 @@ def passages_of(table: Table, config: PassageConfig, skipped: Counter[str]) -> I
                 yield Passage(text[start:end], start, end, split, row, _license(row, table))
                 if len(seen) == config.count:
                     return
+
+
+def own_columns(table: Table) -> str:
+    """The columns of a table that are not those of a kind, for a message."""
+    known = set(COLUMNS[Kind.COMPLETIONS]) - {"completion"}
+    return ", ".join(name for name in table.columns if name not in known)
 
 
 def _text(value: Any, column: str, name: str) -> str:

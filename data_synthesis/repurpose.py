@@ -46,7 +46,7 @@ TEMPLATES = Path(__file__).parent / "templates" / "repurpose"
 Level = Literal["sparse", "medium", "detailed"]
 
 
-class RepurposeConfig(PassageConfig, LeakConfig, JudgeConfig):
+class RepurposeConfig(JudgeConfig, LeakConfig, PassageConfig):
     """Settings of `repurpose`."""
 
     templates: str = Field(

@@ -61,7 +61,7 @@ BLOCK = 256
 """Characters whose dialogues are led together, a turn at a time; the contrasting one is drawn from the same block."""
 
 
-class RolePlayConfig(ProfileConfig, LeakConfig, JudgeConfig):
+class RolePlayConfig(JudgeConfig, LeakConfig, ProfileConfig):
     """Settings of `role-play`."""
 
     system: str = Field(

@@ -52,7 +52,7 @@ def shape_of(columns: Sequence[str], kind: Kind | None, where: str) -> Shape:
 
     Args:
         columns: the names of a record's columns.
-        kind: what is wanted; None for rows that are taken as they are (for `verify`).
+        kind: what is wanted; None for rows that are taken as they are.
         where: the place of the first record, for messages.
 
     Returns:

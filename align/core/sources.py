@@ -47,7 +47,7 @@ def source_fingerprint(spec: Spec) -> str:
     if isinstance(spec, (str, Path)) and Path(spec).is_file():
         return fingerprint_of([Path(spec).name, content_fingerprint(Path(spec))])  # of any format
     (source,) = parse_sources(spec)
-    return _fingerprint(source, locate(source.source, source.name, source.split, source.revision))
+    return _fingerprint(source, locate(source.source, source.name, source.split, source.revision, texts=True))
 
 
 def _fingerprint(source: Source, parts: Sequence[Part]) -> str:
@@ -71,7 +71,7 @@ def open_source(
     Args:
         spec: see the module.
         kind: what is needed. Of several kinds the first that a folder holds, and for data to be converted the first.
-            None for any rows, prompt and completion made messages where they can be (for `verify`).
+            None for any rows, prompt and completion made messages where they can be; a folder of texts will do, too.
         cache: a folder for converted data, which may be shared between runs.
         seed: decides random subsets.
         name: how people know the table; else what the spec calls it.

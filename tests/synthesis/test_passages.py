@@ -158,20 +158,21 @@ def test_a_held_out_passage_is_held_out_wherever_it_comes_and_a_held_out_row_sta
     assert set(splits("c.jsonl", [row | {"split": "test"} for row in rows]).values()) == {"test"}
 
 
-def test_answers_of_a_chat_can_be_passages_and_a_wrong_column_is_told(tmp_path: Path) -> None:
-    file = tmp_path / "x.jsonl"
-    file.write_text(json.dumps({"question": "q", "answer": [{"role": "assistant", "content": FIRST}], "n": 3}) + "\n")
-    table = open_source(file, None, tmp_path / "cache")
+def test_answers_of_a_chat_or_of_a_table_can_be_passages_and_a_wrong_column_is_told(tmp_path: Path) -> None:
+    chat = {"question": "q", "answer": [{"role": "assistant", "content": FIRST}], "n": 3}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    (tmp_path / "written.jsonl").write_text(json.dumps({"answer": FIRST, "n": 3}) + "\n")
 
-    def found(column: str) -> list[str]:
+    def found(file: str, column: str) -> list[str]:
+        table = open_source(tmp_path / file, None, tmp_path / "cache")
         config = PassageConfig(text=column, whole=True, min_words=5, dev=0.0, test=0.0)
         return [p.text for p in passages_of(table, config, Counter())]
 
-    assert found("answer") == [FIRST]
-    with pytest.raises(DataError, match=r"has no column 'text' with the passages' text; it has .*answer"):
-        found("text")
+    assert found("chat.jsonl", "answer") == found("written.jsonl", "answer") == [FIRST]
+    with pytest.raises(DataError, match=r"has no column 'text' with the passages' text; it has .*answer, n; name one"):
+        found("written.jsonl", "text")
     with pytest.raises(DataError, match=r"the column 'n' holds 3; text or messages were expected"):
-        found("n")
+        found("chat.jsonl", "n")
 
 
 def test_a_share_of_the_passages_is_the_same_whatever_comes_with_them_and_count_takes_the_first(tmp_path: Path) -> None:
