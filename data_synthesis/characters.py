@@ -109,8 +109,8 @@ def pairs_of(
     missing = [column for column in (columns.name, columns.facts) if column not in table.columns]
     if missing:
         raise DataError(
-            f"{table.name}: has no column {', '.join(map(repr, missing))}; it has {own_columns(table)}; name the columns "
-            "with name=… and facts=…"
+            f"{table.name}: has no column {', '.join(map(repr, missing))}; it has {own_columns(table)}; name the "
+            "columns with name=… and facts=…"
         )
     waiting: dict[str, list[Profile]] = {}
     last: dict[str, Profile] = {}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from align.core.asking import NOT_SAMPLED
+from align.core.asking import NOT_SAMPLED, Question, ask_each
 from align.core.engines.base import Completion
 from align.core.records import Messages, Row, Verdict
 from data_synthesis.characters import Asked, Profile, gives_away
 from data_synthesis.leaks import LeakConfig
 from data_synthesis.repurposed import Yield
-from data_synthesis.sampling import ErrorBudget, answered
-from reward.judge import Judge, Values
+from data_synthesis.sampling import ErrorBudget
+from reward.judge import Judge, score, score_question
 
 
 @dataclass
@@ -49,35 +50,41 @@ class Checks:
 
     def checked(
         self, groups: Sequence[tuple[Dialogue, list[Completion]]], turn: int
-    ) -> Iterator[tuple[Dialogue, list[Completion], list[Verdict]]]:
-        """Yields the answers with their verdicts: the rules', and, where they pass and there is one, the judge's."""
+    ) -> Iterator[tuple[Dialogue, list[tuple[Completion, Verdict, str | None]]]]:
+        """Yields the answers with their verdicts, and the judge's words (JSON text) where it was asked."""
         ruled = [
-            (dialogue, completions, [self.rule(dialogue, turn, completion) for completion in completions])
+            (dialogue, [(completion, self.rule(dialogue, turn, completion)) for completion in completions])
             for dialogue, completions in groups
         ]
-        judge = self.judge
-        if judge is None:
-            yield from ruled
+        if self.judge is None:
+            yield from ((dialogue, [(*pair, None) for pair in pairs]) for dialogue, pairs in ruled)
             return
+        judge, config = self.judge, self.judge.config
+        asked = (
+            (group, [self._question(judge, group[0], turn, c.text) for c, v in group[1] if v.verdict == "passed"])
+            for group in ruled
+        )
+        for (dialogue, pairs), found in ask_each(
+            judge.engine, asked, judge.params, config.judge_attempts, config.judge_votes, whole=True
+        ):
+            votes = iter(found)
+            done: list[tuple[Completion, Verdict, str | None]] = []
+            for completion, verdict in pairs:
+                if verdict.verdict != "passed":
+                    done.append((completion, verdict, None))
+                    continue
+                judgement = score(next(votes), config.scale, config.judge_attempts)
+                self.budget.count(judgement.verdict.verdict == "error", judgement.verdict.detail, seen_before=True)
+                done.append((completion, judgement.verdict, json.dumps(judgement.figures(), ensure_ascii=False)))
+            yield dialogue, done
 
-        def questions(group: tuple[Dialogue, list[Completion], list[Verdict]]) -> Iterator[tuple[None, Values]]:
-            dialogue, completions, verdicts = group
-            asked = dialogue.questions[turn]
-            knower = dialogue.profile if asked.kind == "known" else dialogue.other
-            for completion, verdict in zip(completions, verdicts, strict=True):
-                if verdict.verdict == "passed":
-                    yield None, {
-                        "name": dialogue.profile.name, "facts": dialogue.profile.facts, "knower": knower.name,
-                        "evidence": asked.evidence, "question": asked.question, "completion": completion.text,
-                    }  # fmt: skip
-
-        for (dialogue, completions, verdicts), said in answered(ruled, questions, judge.judge_many):
-            given = iter(said)
-            final = [next(given)[1] if verdict.verdict == "passed" else verdict for verdict in verdicts]
-            for verdict in final:
-                if verdict.verdict == "error" and not verdict.detail.startswith(NOT_SAMPLED):
-                    self.budget.count(True, verdict.detail, seen_before=True)
-            yield dialogue, completions, final
+    def _question(self, judge: Judge, dialogue: Dialogue, turn: int, completion: str) -> Question[float]:
+        asked, profile = dialogue.questions[turn], dialogue.profile
+        values = {
+            "name": profile.name, "facts": profile.facts, "evidence": asked.evidence, "question": asked.question,
+            "knower": profile.name if asked.kind == "known" else dialogue.other.name, "completion": completion,
+        }  # fmt: skip
+        return score_question(judge.template, values, judge.config.scale, judge.config.judge_json)
 
     def rule(self, dialogue: Dialogue, turn: int, completion: Completion) -> Verdict:
         """What can be said of an answer without a judge."""

@@ -105,8 +105,8 @@ def passages_of(table: Table, config: PassageConfig, skipped: Counter[str]) -> I
     """
     if config.text not in table.columns:
         raise DataError(
-            f"{table.name}: has no column {config.text!r} with the passages' text; it has {own_columns(table)}; name one "
-            "of them with text=…"
+            f"{table.name}: has no column {config.text!r} with the passages' text; it has {own_columns(table)}; "
+            "name one of them with text=…"
         )
     seen: set[int] = set()
     for row in table.rows():

@@ -137,8 +137,8 @@ def judged(
 ) -> Iterator[Row]:
     """Yields the rows with the judge's verdict on the completion as an answer to the prompt.
 
-    Rows that have failed already are passed on as they are. The judge's words stand in `judgement`, the mean of its
-    votes, on its own scale, in `score`; `kept` is whether it passes.
+    Rows that have failed already are passed on as they are. Every vote and the judge's words stand in `judgement` (JSON
+    text), the mean of its votes, on its own scale, in `score`; `kept` is whether it passes.
 
     Raises:
         EngineError: too many judgements can't be read.
@@ -161,7 +161,7 @@ def judged(
             budget.count(verdict.verdict == "error", verdict.detail)
             row["verdict"], row["reward"], row["detail"] = verdict.verdict, verdict.reward, verdict.detail
             row["score"] = judgement.figures()["mean"]
-            row["judgement"] = "\n".join(answer.text for answer in found[0])
+            row["judgement"] = json.dumps(judgement.figures(), ensure_ascii=False)
             row["kept"] = verdict.verdict == "passed"
         yield row
     budget.check()

@@ -210,11 +210,8 @@ class Stagecraft:
         prompts = (self.sampled_prompt(dialogue, turn) for dialogue in dialogues)
         answers = in_order(self.writer, prompts, self.config.samples, self.params)
         groups = ((d, completions) for d, (_, completions) in zip(dialogues, answers, strict=True))
-        for dialogue, completions, verdicts in self.checks.checked(list(groups), turn):
-            rows = [
-                self._row(dialogue, turn, index, completion, verdict)
-                for index, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True))
-            ]
+        for dialogue, found in self.checks.checked(list(groups), turn):
+            rows = [self._row(dialogue, turn, index, *each) for index, each in enumerate(found)]
             dialogue.rows += rows
             good = next((row for row in rows if row["kept"]), None)
             if good is not None:
@@ -241,7 +238,9 @@ class Stagecraft:
         opening: Messages = [{"role": "system", "content": system}] if system else []
         return [*opening, *dialogue.earlier, {"role": "user", "content": dialogue.questions[turn].question}]
 
-    def _row(self, dialogue: Dialogue, turn: int, index: int, completion: Completion, verdict: Verdict) -> Row:
+    def _row(
+        self, dialogue: Dialogue, turn: int, index: int, completion: Completion, verdict: Verdict, judgement: str | None
+    ) -> Row:
         asked, profile = dialogue.questions[turn], dialogue.profile
         prompt = self.training_prompt(dialogue, turn)
         return {
@@ -270,6 +269,7 @@ class Stagecraft:
             "evidence": asked.evidence,
             "turn": turn,
             "raw_questions": asked.raw,
+            "judgement": judgement,
         }
 
 
@@ -299,6 +299,6 @@ STAGE = Stage(
     asks=asks,
     adds=(
         "finish_reason", "kept", "refused", "source_row", "license", "parent_id", "character", "contrast", "asked_for",
-        "evidence", "turn", "raw_questions",
+        "evidence", "turn", "raw_questions", "judgement",
     ),
 )  # fmt: skip

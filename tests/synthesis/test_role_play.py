@@ -114,6 +114,8 @@ def test_a_character_that_knows_what_only_the_other_knows_has_failed(bench: Benc
         ),
         "How many clocks are there of Ada?": "judge: 2 of 10, 8 passes",
     }
+    words = [json.loads(row["judgement"])["words"] for row in rows if row["judgement"] is not None]
+    assert len(words) == 5 and words[0] == ['{"reason": "r", "score": 9}']
     assert judge.calls == 5, "what a rule refuses is not judged"
     assert bench.summary["lost"] == {
         "gives away what only the other knows": 1, "the judge finds it no good answer": 1,
