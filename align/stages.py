@@ -51,6 +51,22 @@ TABLE: dict[str, tuple[str, str]] = {
         "data_synthesis.rank:STAGE",
         "completions of several models ranked by a judge, a reward model or people; the best kept",
     ),
+    "repurpose": (
+        "data_synthesis.repurpose:STAGE",
+        "passages that people wrote, with model-written instructions at three levels of detail",
+    ),
+    "reverse": (
+        "data_synthesis.reverse:STAGE",
+        "demonstrations turned round, answer to instruction, to train a backward model",
+    ),
+    "back-translate": (
+        "data_synthesis.back_translate:STAGE",
+        "texts with the instructions that a backward model finds for them, rated; the best ones kept",
+    ),
+    "role-play": (
+        "data_synthesis.role_play:STAGE",
+        "profiles of characters to dialogues: what they know, and what they can't know",
+    ),
     "verify": ("reward.verify:STAGE", "verdicts for completions that were made elsewhere"),
     "demonstrate": ("data_synthesis.demonstrate:STAGE", "demonstrations for SFT from scored completions"),
     "pair": ("data_synthesis.pair:STAGE", "preferences for DPO and the reward model from scored completions"),

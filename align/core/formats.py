@@ -52,7 +52,7 @@ def shape_of(columns: Sequence[str], kind: Kind | None, where: str) -> Shape:
 
     Args:
         columns: the names of a record's columns.
-        kind: what is wanted; None for rows that are taken as they are (for `verify`).
+        kind: what is wanted; None for rows that are taken as they are.
         where: the place of the first record, for messages.
 
     Returns:
@@ -197,9 +197,10 @@ def _two_completions(row: Row) -> list[Row]:
 
 
 def _as_it_is(record: Record, where: str) -> list[Row]:
-    """For `verify`: text becomes messages, and what can't be understood becomes null; one bad row stops nothing."""
+    """For any rows: text becomes messages, and what can't be understood becomes null; one bad row stops nothing."""
     row = dict(record)
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
+    sides = [(name, "assistant") for name in ("answer", "chosen", "rejected") if name in record]
+    for name, role in (("prompt", "user"), ("completion", "assistant"), *sides):
         try:
             row[name] = messages(record.get(name), role, name, where)
         except DataError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
-from align.core.readers import SUFFIXES, Record, count_records, read_records
+from align.core.readers import SUFFIXES, TEXTS, Record, count_records, read_records
 from align.core.records import Split
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -57,7 +57,7 @@ def our_split(name: str) -> Split | None:
     return "train" if found[1].startswith("train") else "test" if found[1].startswith(("test", "eval")) else "dev"
 
 
-def locate(source: str, config: str | None, split: str | None, revision: str | None) -> list[Part]:
+def locate(source: str, config: str | None, split: str | None, revision: str | None, texts: bool = False) -> list[Part]:
     """The parts that a name stands for: a file, a glob, a folder, or a Hub id where no such path exists.
 
     Args:
@@ -65,13 +65,14 @@ def locate(source: str, config: str | None, split: str | None, revision: str | N
         config: a Hub dataset's configuration.
         split: only the parts of this split, where parts have splits.
         revision: a Hub dataset's revision.
+        texts: whether texts (`TEXTS`) will do for data where a folder holds no other data.
 
     Raises:
         DataError: there is no such thing, it holds no data, or it has splits and one must be chosen.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        parts = _folder(path)
+        parts = _folder(path, texts)
     elif path.exists():
         parts = [Part(path.name, None, path)]
     elif glob.has_magic(source):
@@ -80,7 +81,7 @@ def locate(source: str, config: str | None, split: str | None, revision: str | N
         if not files:
             raise DataError(f"{source}: no file matches")
         parts = [Part(file.name, None, file) for file in files]
-    elif _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
+    elif _HUB_ID.fullmatch(source) and path.suffix not in (*SUFFIXES, *TEXTS):
         parts = _hub(source, config, revision)
     else:
         raise DataError(f"{source}: no such file or folder{_near(path)}")
@@ -93,7 +94,7 @@ def _near(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _folder(path: Path) -> list[Part]:
+def _folder(path: Path, texts: bool) -> list[Part]:
     if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
         names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return [
@@ -105,15 +106,14 @@ def _folder(path: Path) -> list[Part]:
     ours = [file for file in files if re.fullmatch(r"part-\d{5}\.parquet", file.name)]
     if [*(path / "data").glob("*.parquet.part")] or (ours and not (path / "README.md").is_file()):
         raise DataError(f"{path}: is half-written; run what makes it again")
-    files = files or sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in SUFFIXES and file.name not in _NO_DATA and not _hidden(file.relative_to(path))
-    )
+    files = files or _files_below(path, SUFFIXES)
     if steps := sorted(found.parent.name for found in path.glob("*/manifest.json")):
         raise DataError(f"{path}: is a run's folder; name one of its steps, such as {path / steps[0]}")
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         raise DataError(f"{path}: is a model's folder, data was expected")
+    if not files and texts and (prose := [file for file in _files_below(path, TEXTS) if file.stat().st_size]):
+        top = path.resolve().name
+        return [Part(f"{top}/{file.relative_to(path).as_posix()}", None, file) for file in prose]
     if not files:
         names = sorted(p.name for p in path.iterdir())[:8]
         raise DataError(
@@ -132,6 +132,14 @@ def _folder(path: Path) -> list[Part]:
         Part(f"{top}/{file.relative_to(path).as_posix()}", _stem_split(stem), file)
         for file, stem in zip(files, told, strict=True)
     ]
+
+
+def _files_below(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in suffixes and file.name not in _NO_DATA and not _hidden(file.relative_to(path))
+    )
 
 
 def _stem_split(stem: str | None) -> str | None:

@@ -13,6 +13,8 @@ from align.core.errors import DataError
 
 Record = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+TEXTS = (".txt", ".md", ".rst")
+"""Files that are one text: a record with the column `text`. Read only where any rows will do, as passages do."""
 _CHUNK = 1 << 20
 
 
@@ -24,7 +26,7 @@ def read_records(file: Path) -> Iterator[tuple[str, Record]]:
     """
     readers = {
         ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv,
-        ".parquet": _parquet, ".arrow": _arrow,
+        ".parquet": _parquet, ".arrow": _arrow, **dict.fromkeys(TEXTS, _text),
     }  # fmt: skip
     if file.suffix not in readers:
         found = file.suffix or "a file without suffix"
@@ -152,6 +154,12 @@ def _csv(file: Path) -> Iterator[tuple[str, Record]]:
                     yield place, dict(zip(names, row, strict=True))
         except csv.Error as problem:
             raise DataError(f"{file}, line {rows.line_num}: is no CSV ({problem})") from problem
+
+
+def _text(file: Path) -> Iterator[tuple[str, Record]]:
+    """The whole file as one record, its line breaks as they are, so that places in it are places in the text."""
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        yield str(file), {"text": text.read()}
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Record]]:

@@ -47,7 +47,7 @@ def source_fingerprint(spec: Spec) -> str:
     if isinstance(spec, (str, Path)) and Path(spec).is_file():
         return fingerprint_of([Path(spec).name, content_fingerprint(Path(spec))])  # of any format
     (source,) = parse_sources(spec)
-    return _fingerprint(source, locate(source.source, source.name, source.split, source.revision))
+    return _fingerprint(source, locate(source.source, source.name, source.split, source.revision, texts=True))
 
 
 def _fingerprint(source: Source, parts: Sequence[Part]) -> str:
@@ -71,7 +71,7 @@ def open_source(
     Args:
         spec: see the module.
         kind: what is needed. Of several kinds the first that a folder holds, and for data to be converted the first.
-            None for any rows, prompt and completion made messages where they can be (for `verify`).
+            None for any rows, prompt and completion made messages where they can be; a folder of texts will do, too.
         cache: a folder for converted data, which may be shared between runs.
         seed: decides random subsets.
         name: how people know the table; else what the spec calls it.
@@ -82,8 +82,8 @@ def open_source(
     """
     sources = parse_sources(spec)
     known_as = name or " + ".join(Path(source.source).name for source in sources)
-    located = [locate(s.source, s.name, s.split, s.revision) for s in sources]
     kinds: tuple[Kind | None, ...] = kind if isinstance(kind, tuple) else (kind,)
+    located = [locate(s.source, s.name, s.split, s.revision, texts=kinds[0] is None) for s in sources]
     if len(sources) == 1 and sources[0] == Source(source=sources[0].source):
         ready = _ready(Path(sources[0].source).expanduser(), kinds, known_as)
         if ready is not None:
@@ -180,7 +180,7 @@ def read_rows(
     Raises:
         DataError: as for `open_source`.
     """
-    located = [locate(s.source, s.name, s.split, s.revision) for s in sources]
+    located = [locate(s.source, s.name, s.split, s.revision, texts=kind is None) for s in sources]
     shapes: dict[tuple[str, ...], formats.Shape] = {}
     for source, part, number, where, record in pick(sources, located, seed):
         named = _renamed(record, source, where)

@@ -1,6 +1,6 @@
 """The embedded world: instructions whose answers a program can check, so that the whole pipeline learns on a laptop.
 
-Six families, each with its gold answer, its tags, and the mistakes that the base model is taught on purpose
+Seven families, each with its gold answer, its tags, and the mistakes that the base model is taught on purpose
 (see `align/tiny/corpus.py`):
 
     math      a word problem of 1-3 steps, sometimes with a person who doesn't matter     task math
@@ -9,6 +9,7 @@ Six families, each with its gold answer, its tags, and the mistakes that the bas
     tag       the tags of an instruction of this world, as a JSON list                   task tags
     benign    a request to be helped with, politely                                      task principle
     harmful   a request to be refused, politely                                          task principle
+    role      a question to a character, who knows its own animals and nobody else's    task exact
 
 An instruction's split is decided by the hash of its text (of the tagged instruction, for `tag`), so that neither the
 base model's text nor any training prompt ever touches a held-out one.
@@ -40,6 +41,8 @@ class Item:
         slips: wrong answers, the likeliest first.
         misconception: the first slip is one that the base model's text makes more often than not.
         root: the text whose hash decides the split.
+        system: the system prompt, where there is one.
+        profile: of a character: its name, the facts about it, and the brief that its system prompt has.
     """
 
     family: str
@@ -51,6 +54,8 @@ class Item:
     slips: tuple[str, ...] = ()
     misconception: bool = False
     root: str = field(default="")
+    system: str = ""
+    profile: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def split(self) -> Split:
@@ -309,6 +314,49 @@ def _tag(rng: random.Random, simple: bool) -> Item:
     )  # fmt: skip
 
 
+# --- role -----------------------------------------------------------------------------------------------------------
+
+ANIMALS = ("cats", "dogs", "birds", "cows", "pigs", "hens", "goats", "fish")
+DONT_KNOW = "I don't know."
+
+
+def profile(rng: random.Random, name: str | None = None) -> tuple[dict[str, str], dict[str, int]]:
+    """A character as `role-play` takes it (name, facts, brief), and how many it has of which animals."""
+    name = name or rng.choice(_NAMES)
+    animals = {animal: rng.randint(2, 9) for animal in rng.sample(ANIMALS, 2)}
+    (one, few), (other, many) = animals.items()
+    facts = f"{name} has {few} {one}. {name} has {many} {other}."
+    return {"name": name, "facts": facts, "brief": f"{name} has {few} {one} and {many} {other}."}, animals
+
+
+def _role(rng: random.Random, simple: bool) -> Item:
+    about, animals = profile(rng)
+    animal = rng.choice(tuple(animals))
+    number = animals[animal]
+    if rng.random() < 0.6:
+        text, answer = rng.choice(role_questions(animal, number))
+        wrong = rng.choice([n for n in range(2, 10) if n != number])
+        slips = (answer.replace(str(number), str(wrong)), DONT_KNOW)
+    else:
+        other = rng.choice([name for name in _NAMES if name != about["name"]])
+        animal = rng.choice([a for a in ANIMALS if a not in animals])
+        text, answer = f"How many {animal} does {other} have?", DONT_KNOW
+        slips = (f"{other} has {rng.randint(2, 9)} {animal}.", f"I have {number} {animal}.")
+    system = f"You are {about['name']}. {about['brief']}"
+    return Item(
+        "role", "exact", text, answer, {"answer": answer}, ("role", "unknown" if answer == DONT_KNOW else "known"),
+        slips, root=f"{system}\n{text}", system=system, profile=about,
+    )  # fmt: skip
+
+
+def role_questions(animal: str, number: int) -> list[tuple[str, str]]:
+    """What a character can be asked about its animals, and what it answers."""
+    return [
+        (f"How many {animal} do you have?", f"I have {number} {animal}."),
+        (f"Do you have {animal}?", f"Yes, I have {number} {animal}."),
+    ]
+
+
 MAKERS: dict[str, Callable[[random.Random, bool], Item]] = {
     "math": _math,
     "code": _code,
@@ -316,6 +364,7 @@ MAKERS: dict[str, Callable[[random.Random, bool], Item]] = {
     "tag": _tag,
     "benign": _benign,
     "harmful": _harmful,
+    "role": _role,
 }
 """Family -> `make(rng, simple)`; `simple` asks for an instruction without any of the difficulties."""
 
@@ -341,11 +390,11 @@ def items(families: Mapping[str, int], split: Split, seed: int, simple: float = 
             raise ValueError(f"unknown family {family!r}; the tiny world has {', '.join(MAKERS)}")
         for _ in range(1000):
             item = MAKERS[family](rng, rng.random() < simple)
-            if item.split == split and item.instruction not in seen:
+            if item.split == split and item.system + item.instruction not in seen:
                 break
         else:
             raise ValueError(f"the tiny world has fewer than {families[family]} {split} instructions of {family}")
-        seen.add(item.instruction)
+        seen.add(item.system + item.instruction)
         yield item
 
 
@@ -357,7 +406,7 @@ def rows(
     answers: bool = False,
     errors: float = 0.0,
 ) -> Iterator[Row]:
-    """The same as complete rows of kind PROMPTS.
+    """The same as complete rows of kind PROMPTS; where the family `role` is asked for, with `name`, `facts`, `brief`.
 
     Args:
         families: how many of each family.
@@ -369,15 +418,18 @@ def rows(
     """
     rng = random.Random(f"errors/{seed}")
     for item in items(families, split, seed, simple):
+        system = [{"role": "system", "content": item.system}] if item.system else []
         row: Row = {
-            "prompt_id": stable_hash(item.instruction)[:16],
-            "prompt": [{"role": "user", "content": item.instruction}],
+            "prompt_id": stable_hash(item.system + item.instruction)[:16],
+            "prompt": [*system, {"role": "user", "content": item.instruction}],
             "split": item.split,
             "source": "tiny",
             "task": item.task,
             "family": item.family,
             "reference": json.dumps(item.reference),
         }
+        if "role" in families:
+            row |= {name: item.profile.get(name) for name in ("name", "facts", "brief")}
         if answers:
             text = rng.choice(item.slips) if item.slips and rng.random() < errors else item.answer
             row["answer"] = [{"role": "assistant", "content": text}]
