@@ -21,6 +21,10 @@ TABLE: dict[str, tuple[str, str]] = {
     "tag": ("data_synthesis.tag:STAGE", "the intentions of every instruction, named by a model"),
     "ontology": ("data_synthesis.ontology:STAGE", "raw tags merged into an ontology that a person can refine"),
     "select": ("data_synthesis.select:STAGE", "a diverse set of complex instructions"),
+    "decontaminate": (
+        "data_synthesis.decontaminate:STAGE",
+        "leaves out rows that repeat test sets: runs of words, then the longest common subsequence",
+    ),
     "reject": ("data_synthesis.reject:STAGE", "sampled completions with verdicts; the distinct right ones marked"),
     "execute": ("data_synthesis.execute:STAGE", "sampled programs, run against tests in the sandbox"),
     "constitute": (

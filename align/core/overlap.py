@@ -288,7 +288,9 @@ class Index:
                 known = found.get((text, item))
                 if known is None or length > known.common:
                     place, there = int(hits.places[at]), int(hits.item_places[at])
-                    found[text, item] = Overlap(text, item, length, int(size[text]), int(self.lengths[item]), place, there)
+                    found[text, item] = Overlap(
+                        text, item, length, int(size[text]), int(self.lengths[item]), place, there
+                    )
         return [found[key] for key in sorted(found)]
 
 
