@@ -5,11 +5,12 @@ words; a training sequence s_t is dropped if for some test sequence s_e the long
 
     |LCS(s_t, s_e)| >= 13   and   |LCS(s_t, s_e)| >= 0.6 · min(|s_t|, |s_e|)
 
-A test sequence of fewer than 13 words can't be flagged by that rule; the summary says how many there are. Words are those
-of `align.core.text.words`: lower case, Chinese and kana one a character.
+A test sequence of fewer than 13 words can't be flagged by that rule; the summary says how many there are. Words are
+those of `align.core.text.words`: lower case, Chinese and kana one a character.
 
-Differs from the paper, which gives neither: the pairs that are compared at all share a run of `run` words; of a training
-text longer than twice the test sequence only the stretch around that run is compared (align/core/overlap.py says why).
+Differs from the paper, which names neither: the pairs that are compared at all share a run of `run` words; of a
+training text longer than twice the test sequence only the stretch around that run is compared
+(align/core/overlap.py says why).
 Prompt and completion of a row are a sequence each, and so are the chosen and the rejected side of a preference.
 
 Nothing is left out silently: `dropped.jsonl` in the step's folder holds a line for every row that was, with the test
@@ -212,7 +213,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _repeats(config: DecontaminateConfig, batch: Sequence[Row], suite: Suite) -> dict[int, list[tuple[str, Overlap]]]:
-    """The rows of a batch that repeat test items: by number, each with the text and how it overlaps, the worst first."""
+    """The rows of a batch that repeat test items, by number: the texts and how they overlap, the worst first."""
     texts: list[str] = []
     owners: list[int] = []
     for number, row in enumerate(batch):
@@ -257,8 +258,8 @@ def _summary(
         "yield": {name: counts.get(name, 0) for name in ("read", "kept")},
         "lost": dict(sorted(lost.items())),
         "looked_at": counts.get("looked_at", 0),
-        "rule": f"a common subsequence of at least {config.least} words and {config.share:g} of the shorter text, looked "
-        f"for where {config.run} words in a row are shared",
+        "rule": f"a common subsequence of at least {config.least} words and {config.share:g} of the shorter text, "
+        f"looked for where {config.run} words in a row are shared",
         "cannot_be_flagged": f"{short} of {len(suite.sequences)} test sequences have fewer than {config.least} words",
         "sets": {
             name: {

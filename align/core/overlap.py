@@ -23,6 +23,7 @@ PIECE = 1 << 17
 """Bytes hashed together: the powers for so many lie in the processor's cache."""
 
 _BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 2**64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _RUN = np.uint64(0xD6E8FEB86659FD93)
 _FEWEST_SLOTS, _MOST_SLOTS = 1 << 16, 1 << 25
@@ -45,7 +46,7 @@ def _powers(base: int, count: int) -> U64:
 
 
 _UP = _powers(_BASE, PIECE)
-_DOWN = _powers(pow(_BASE, -1, 2**64), PIECE)
+_DOWN = _powers(_INVERSE, PIECE)
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[U64, I64]:
@@ -96,24 +97,20 @@ def _hash_pieces(raws: Sequence[bytes]) -> tuple[U64, I64]:
     if len(inside) and inside[0]:
         edges = np.append(0, edges)
     starts, ends = edges[0::2], edges[1::2]
-    if len(octets) <= PIECE:
-        sums = np.empty(len(octets) + 1, dtype=np.uint64)
+    hashes = np.empty(len(starts), dtype=np.uint64)
+    done = 0
+    while done < len(starts):  # once, unless one long text makes a piece longer than PIECE
+        begin = int(starts[done])
+        until = max(done + 1, int(np.searchsorted(ends, begin + PIECE, side="right")))
+        stretch = octets[begin : int(ends[until - 1])]
+        longest = len(stretch) > PIECE  # a single word
+        up, down = (_powers(_BASE, len(stretch)), _powers(_INVERSE, len(stretch))) if longest else (_UP, _DOWN)
+        sums = np.empty(len(stretch) + 1, dtype=np.uint64)
         sums[0] = 0
-        np.cumsum(_UP[: len(octets)] * octets, out=sums[1:])
-        hashes = (sums[ends] - sums[starts]) * _DOWN[starts]
-    else:  # one long text: its words are hashed a stretch at a time, each from the stretch's own beginning
-        hashes = np.empty(len(starts), dtype=np.uint64)
-        place = 0
-        while place < len(starts):
-            begin = int(starts[place])
-            until = max(place + 1, int(np.searchsorted(ends, begin + PIECE, side="right")))
-            stretch = octets[begin : int(ends[until - 1])]
-            up = _UP[: len(stretch)] if len(stretch) <= PIECE else _powers(_BASE, len(stretch))
-            down = _DOWN if len(stretch) <= PIECE else _powers(pow(_BASE, -1, 2**64), len(stretch))
-            sums = np.append(np.zeros(1, dtype=np.uint64), np.cumsum(up * stretch, dtype=np.uint64))
-            low, high = starts[place:until] - begin, ends[place:until] - begin
-            hashes[place:until] = (sums[high] - sums[low]) * down[low]
-            place = until
+        np.cumsum(up[: len(stretch)] * stretch, out=sums[1:])
+        low, high = starts[done:until] - begin, ends[done:until] - begin
+        hashes[done:until] = (sums[high] - sums[low]) * down[low]
+        done = until
     lengths = np.fromiter((len(raw) + 1 for raw in raws), dtype=np.int64, count=len(raws))
     bounds = np.searchsorted(starts, np.append(0, np.cumsum(lengths)))
     return mixed(hashes), np.diff(bounds)
@@ -268,29 +265,26 @@ class Index:
         size = np.zeros(len(texts), dtype=np.int64)
         for number, code in coded.items():
             size[number] = len(code)
-        room = self.lengths[hits.items] // 2
-        start = hits.places - hits.item_places
-        whole = size[hits.texts] <= 2 * self.lengths[hits.items]
-        stretch = np.where(whole, 0, start // np.maximum(room // 2, 1))
-        _, first = np.unique(np.stack([hits.texts, hits.items, stretch]), axis=1, return_index=True)
-        shorter = np.minimum(size[hits.texts[first]], self.lengths[hits.items[first]])
-        first = first[shorter >= least]
-        rows = zip(hits.texts[first].tolist(), hits.items[first].tolist(), whole[first].tolist(),
-                   np.maximum(start - room, 0)[first].tolist(), (start + self.lengths[hits.items] + room)[first].tolist(),
-                   strict=True)  # fmt: skip
-        pairs = [(coded[t] if all_of_it else coded[t][a:b], self.codes[i]) for t, i, all_of_it, a, b in rows]
-        common = common_lengths([one for one, _ in pairs], [other for _, other in pairs])
+        lengths = self.lengths[hits.items]
+        room = lengths // 2
+        start = hits.places - hits.item_places  # where the item would begin in the text
+        is_short = size[hits.texts] <= 2 * lengths
+        stretch = np.where(is_short, 0, start // np.maximum(room // 2, 1))
+        _, each = np.unique(np.stack([hits.texts, hits.items, stretch]), axis=1, return_index=True)
+        each = each[np.minimum(size[hits.texts], lengths)[each] >= least]
+        begin = np.where(is_short, 0, np.maximum(start - room, 0))[each].tolist()
+        end = np.where(is_short, size[hits.texts], start + lengths + room)[each].tolist()
+        numbers = list(zip(hits.texts[each].tolist(), hits.items[each].tolist(), strict=True))
+        parts = [coded[text][a:b] for (text, _), a, b in zip(numbers, begin, end, strict=True)]
+        common = common_lengths(parts, [self.codes[item] for _, item in numbers]).tolist()
         found: dict[tuple[int, int], Overlap] = {}
-        for at, length in zip(first.tolist(), common.tolist(), strict=True):
-            text, item = int(hits.texts[at]), int(hits.items[at])
-            shorter_one = min(int(size[text]), int(self.lengths[item]))
-            if length >= least and length >= share * shorter_one - 1e-9:
-                known = found.get((text, item))
-                if known is None or length > known.common:
-                    place, there = int(hits.places[at]), int(hits.item_places[at])
-                    found[text, item] = Overlap(
-                        text, item, length, int(size[text]), int(self.lengths[item]), place, there
-                    )
+        for at, (text, item), length in zip(each.tolist(), numbers, common, strict=True):
+            shorter = min(int(size[text]), int(self.lengths[item]))
+            known = found.get((text, item))
+            if length < least or length < share * shorter - 1e-9 or (known and known.common >= length):
+                continue
+            place, there = int(hits.places[at]), int(hits.item_places[at])
+            found[text, item] = Overlap(text, item, length, int(size[text]), int(self.lengths[item]), place, there)
         return [found[key] for key in sorted(found)]
 
 
