@@ -33,6 +33,7 @@ from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import words
 from data_synthesis.sampling import ErrorBudget, last_user_text
+from data_synthesis.tag_levels import atomic_tags
 from reward.judge import Judge, JudgeConfig
 
 TOP = 30
@@ -137,11 +138,6 @@ def richness(text: str) -> float:
     """Guiraud's R: distinct words over the square root of all words; 0 for a text without words."""
     found = words(text)
     return len(set(found)) / len(found) ** 0.5 if found else 0.0
-
-
-def atomic_tags(ontology: Table) -> dict[str, str]:
-    """Raw tag to the ontology's tag."""
-    return {raw: row["tag"] for row in ontology.rows(["tag", "members"]) for raw in [*row["members"], row["tag"]]}
 
 
 class Pool:
