@@ -131,7 +131,7 @@ class Alike:
 
 
 def _figures(counts: Counts, seed: int) -> dict[str, Any]:
-    """Exact and fuzzy precision, recall and F1 in percent, F1 with its interval; the share of rows that are all right."""
+    """Exact and fuzzy precision, recall and F1 in percent, F1 with its interval; the share of rows all right."""
     draws = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
     sums = np.stack([np.bincount(draw, minlength=len(counts)) for draw in draws]) @ counts
     figures: dict[str, Any] = {}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -106,8 +105,8 @@ def _answers(config: DistilTagsConfig, row: Row, turns: int) -> list[dict[str, s
         texts = []
     if not isinstance(texts, list) or len(texts) != turns:
         raise DataError(
-            f"distil-tags: prompt {row['prompt_id']}: raw_tags holds another number of answers than the prompt has user "
-            f"turns; set `turns` as it was when the step `tag` ran (it is {config.turns} here)"
+            f"distil-tags: prompt {row['prompt_id']}: raw_tags holds another number of answers than the prompt has "
+            f"user turns; set `turns` as it was when the step `tag` ran (it is {config.turns} here)"
         )
     return [_explained(text) for text in texts]
 
