@@ -24,9 +24,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.core.errors import DataError, RecipeError
 from align.core.overlap import Index, Overlap
@@ -81,6 +81,15 @@ class DecontaminateConfig(StageConfig):
             raise ValueError("; ".join(text.removeprefix("source: ") for text in problem.problems)) from problem
         return value
 
+    @model_validator(mode="after")
+    def _runs_are_no_longer_than_what_is_looked_for(self) -> Self:
+        if self.run > self.least:
+            raise ValueError(
+                f"run={self.run} is longer than least={self.least}: texts with enough in common would not even be "
+                "compared; lower run"
+            )
+        return self
+
 
 @dataclass
 class SetCounts:
@@ -105,11 +114,6 @@ def run(config: DecontaminateConfig, inputs: Mapping[str, Table | ModelRef], too
     table, tests = inputs["data"], inputs.get("tests")
     assert isinstance(table, Table)
     assert tests is None or isinstance(tests, Table)
-    if config.run > config.least:
-        raise DataError(
-            f"decontaminate: run={config.run} is longer than least={config.least}: texts with enough in common would "
-            "not even be compared; lower run"
-        )
     suite = Suite(config, _items(config, tests, tools))
     tools.progress.say(f"{len(suite.sequences)} test sequences of {len(suite.sets)} sets")
     summary: dict[str, Any] = {}
