@@ -1,10 +1,16 @@
-"""Do the steps of a recipe fit together? Kinds, columns and order, from the stages' contracts alone."""
+"""Do the steps of a recipe fit together? Kinds, columns and order, from the stages' contracts alone.
+
+Only a stage that gives back the kind that comes in has to look at data from outside, at their first row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
+from align.core.errors import AlignError
 from align.core.records import COLUMNS, Kind
+from align.core.sources import kind_of_source
 from align.core.stage import Need
 from align.plan import Source, Step
 from align.stages import TABLE, load
@@ -15,7 +21,8 @@ def fit(steps: Mapping[str, Step], problems: Problems) -> dict[str, Step]:
     """Notes what doesn't fit, and gives the steps in an order in which each comes after those that it needs."""
     ordered = _order(steps, problems)
     columns: dict[str, set[str]] = {}
-    for name, step in ordered.items():
+    for name in list(ordered):
+        step = ordered[name] = _as_what_comes_in(ordered[name], ordered, problems)
         for input_name, sources in step.inputs.items():
             for source in sources:
                 if source.step in ordered:
@@ -27,6 +34,27 @@ def fit(steps: Mapping[str, Step], problems: Problems) -> dict[str, Step]:
                 _check(engine.model, gives, None, Need(Kind.MODEL, "the model to sample from"), problems)
         columns[name] = _given_columns(step, columns)
     return ordered
+
+
+def _as_what_comes_in(step: Step, steps: Mapping[str, Step], problems: Problems) -> Step:
+    """The step with its stage made one of a single kind, where it gives back the kind that comes in (`gives_as`)."""
+    stage = step.stage
+    need = stage.needs[stage.gives_as] if stage.gives_as else None
+    sources = step.inputs.get(stage.gives_as, ())
+    if need is None or not isinstance(need.kind, tuple) or not sources:
+        return step
+    kind = stage.gives
+    first = sources[0]
+    try:
+        kind = kind_of_source(first.spec) if first.step is None else steps[first.step].stage.gives
+    except AlignError as problem:
+        problems.add(first.at, str(problem))
+    except KeyError:
+        return step  # it waits for a step that is in a loop, which is told
+    if kind not in need.kind:
+        return step  # `_check` tells what was expected
+    needs = {**stage.needs, stage.gives_as: replace(need, kind=kind)}
+    return replace(step, stage=replace(stage, gives=kind, needs=needs))
 
 
 def _check(source: Source, gives: Kind, columns: Collection[str] | None, need: Need, problems: Problems) -> None:

@@ -26,7 +26,8 @@ def print_stage_help(stage: Stage, console: Console) -> None:
     paper = (stage.run.__globals__.get("__doc__") or "").strip()
     console.print(f"\n[bold]align {stage.name}[/bold] \\[FILE.yaml] key=value … out=FOLDER\n")
     console.print(paper or stage.summary, markup=False, highlight=False)
-    console.print(f"\nGives {stage.gives.value.replace('_', ' ')}{_columns(stage)}.\n")
+    given = f", or of what kind `{stage.gives_as}` is" if stage.gives_as else _columns(stage)
+    console.print(f"\nGives {stage.gives.value.replace('_', ' ')}{given}.\n")
     inputs = [(name, _kind(need), "" if need.optional else "required", need.help) for name, need in stage.needs.items()]
     _print(
         console, "Inputs (an engine is a model, or {kind: …, model: …} with its settings)", [*inputs, *_engines(stage)]

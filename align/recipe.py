@@ -139,7 +139,7 @@ def _check(
         if one.lower() == other.lower():
             problems.add(("steps", other), f"differs from '{one}' only in case; many file systems don't see that")
     ordered = fit(steps, problems)
-    for step in steps.values():
+    for step in {**steps, **ordered}.values():
         check_outside(step, problems)
     problems.stop()
     return Recipe(name, seed, folder, ordered, data, alone)

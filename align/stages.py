@@ -19,11 +19,27 @@ TABLE: dict[str, tuple[str, str]] = {
         "instructions from files, folders or the Hub: read, converted, deduplicated, divided into splits",
     ),
     "tag": ("data_synthesis.tag:STAGE", "the intentions of every instruction, named by a model"),
+    "probe-tags": (
+        "data_synthesis.probe_tags:STAGE",
+        "precision and consistency of tags by a judge, with counterfactual probes",
+    ),
+    "distil-tags": (
+        "data_synthesis.distil_tags:STAGE",
+        "demonstrations for a small tagger from tagged instructions (InsTagger)",
+    ),
+    "compare-tags": (
+        "data_synthesis.compare_tags:STAGE",
+        "a tagger's tags against reference tags: exact and fuzzy F1",
+    ),
     "ontology": ("data_synthesis.ontology:STAGE", "raw tags merged into an ontology that a person can refine"),
     "select": ("data_synthesis.select:STAGE", "a diverse set of complex instructions"),
     "evolve": (
         "data_synthesis.evolve:STAGE",
         "instructions made harder, and new ones after their model, by a model",
+    ),
+    "decontaminate": (
+        "data_synthesis.decontaminate:STAGE",
+        "leaves out rows that repeat test sets: runs of words, then the longest common subsequence",
     ),
     "reject": ("data_synthesis.reject:STAGE", "sampled completions with verdicts; the distinct right ones marked"),
     "execute": ("data_synthesis.execute:STAGE", "sampled programs, run against tests in the sandbox"),

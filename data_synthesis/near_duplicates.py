@@ -6,38 +6,24 @@ The signatures lie in a file, 256 bytes a text; the bands are compared one at a 
 
 from __future__ import annotations
 
-import zlib
-from array import array
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from align.core.text import stable_hash, words
+from align.core.overlap import run_hashes, run_places, word_hashes
+from align.core.text import stable_hash
 
 HASHES = 64
 BANDS = 16
 GRAM = 5
-_BATCH = 1000
+BATCH_CHARACTERS = 500_000
+"""Texts are hashed so many characters at a time, so that all hashes of a batch stay in the processor's cache."""
 
-_FILL = [0] * (GRAM - 1)
-_MOST_WORDS = 1_000_000
 _MIX = np.uint64(0x9E3779B97F4A7C15)
-
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
-
-
-class _WordHashes(dict[str, int]):
-    """The hash of each word met so far, below 2^32."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= _MOST_WORDS:
-            self.clear()
-        self[word] = zlib.crc32(word.encode("utf-8", "surrogatepass"))
-        return self[word]
 
 
 def signatures(texts: Iterable[str], file: Path) -> int:
@@ -45,42 +31,50 @@ def signatures(texts: Iterable[str], file: Path) -> int:
     rng = np.random.default_rng(20240715)
     factors = rng.integers(0, 2**31, HASHES, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
     offsets = rng.integers(0, 2**32, HASHES, dtype=np.uint32)
-    known = _WordHashes()
     count = 0
-    stream = iter(texts)
     with file.open("wb") as out:
-        while batch := list(islice(stream, _BATCH)):
-            grams, starts = _grams(batch, known)
+        for batch in _batches(texts):
+            grams, starts = _grams(batch)
             signature = np.empty((len(batch), HASHES), dtype=np.uint32)
+            hashed = np.empty_like(grams)
             for number in range(HASHES):  # a·x + b (mod 2^32): one function after the other stays in the cache
-                signature[:, number] = np.minimum.reduceat(grams * factors[number] + offsets[number], starts)
+                np.multiply(grams, factors[number], out=hashed)
+                hashed += offsets[number]
+                signature[:, number] = np.minimum.reduceat(hashed, starts)
             out.write(signature.tobytes())
             count += len(batch)
     return count
 
 
-def _grams(texts: list[str], known: _WordHashes) -> tuple[U32, npt.NDArray[np.int64]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _grams(texts: list[str]) -> tuple[U32, npt.NDArray[np.int64]]:
     """The hashes of the runs of GRAM words of all texts, and where each text's begin.
 
-    A text of fewer words has one run, filled up; a text without words has one of its own.
+    A text of fewer words has one run, all of its words; a text without words has its own hash.
     """
-    filled = array("Q")
-    firsts: list[int] = []
-    for text in texts:
-        firsts.append(len(filled))
-        found = words(text)
-        filled.extend(map(known.__getitem__, found) if found else [int(stable_hash(text, 4), 16)])
-        filled.extend(_FILL)
-    hashes = np.frombuffer(filled, dtype=np.uint64)
-    total = np.zeros(len(hashes) - GRAM + 1, dtype=np.uint64)
-    for position in range(GRAM):  # a polynomial keeps the order of the words
-        total = total * _MIX + hashes[position : position + len(total)] + np.uint64(1)
-    grams = ((total ^ (total >> np.uint64(29))) * _MIX >> np.uint64(32)).astype(np.uint32)
-    lengths = np.diff([*firsts, len(filled)]) - (GRAM - 1)
-    runs = np.maximum(lengths - (GRAM - 1), 1)
+    hashes, bounds = word_hashes(texts)
+    lengths = np.diff(bounds)
+    runs = np.maximum(lengths - GRAM + 1, 1)
     starts = np.cumsum(runs) - runs
-    wanted = np.arange(runs.sum()) + np.repeat(np.array(firsts) - starts, runs)
-    return grams[wanted], starts
+    grams = np.empty(int(runs.sum()), dtype=np.uint64)
+    places, owners = run_places(bounds, GRAM)
+    grams[starts[owners] + places - bounds[:-1][owners]] = run_hashes(hashes, GRAM)[places]
+    for number in np.flatnonzero(lengths < GRAM).tolist():
+        mine = hashes[bounds[number] : bounds[number + 1]]
+        grams[starts[number]] = run_hashes(mine, len(mine))[0] if len(mine) else int(stable_hash(texts[number]), 16)
+    return (grams >> np.uint64(32)).astype(np.uint32), starts
 
 
 def later_duplicates(file: Path, rank: npt.NDArray[np.uint8], threshold: float) -> npt.NDArray[np.bool_]:

@@ -226,4 +226,5 @@ STAGE = Stage(
     run=run,
     reads=("source", "against"),
     adds=("source_row", "answer"),
+    version=2,
 )

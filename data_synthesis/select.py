@@ -2,11 +2,18 @@
 
 The report scores tagged instructions on tag diversity, semantic richness, complexity and intent completeness, and gives
 no formula. InsTag (arXiv:2308.07074, 4.1), from the same group, has one: complexity-first diverse sampling, here
-`complexity_first`. In passes over the instructions, those with most tags first, it takes each one that has a tag which
-no instruction taken in this pass has; so every pass covers all tags that are left, by the most complex instructions.
+`complexity_first` (data_synthesis/selection.py). In passes over the instructions, those with most tags first, it takes
+each one that has a tag which no instruction taken in this pass has; so every pass covers all tags that are left, by the
+most complex instructions.
 The paper took 6K of 306,044 that way: 16.56 tags each instead of 4.48, and all tags covered.
 
-Differs from the paper: of instructions with as many tags the seed decides which comes first, not the input's order.
+With `mixture` the selection has the shares of top-level tags that it names (the top of a tag's chain of parents in the
+ontology), each part selected by itself. An instruction with several top-level tags counts for the one that most of its
+tags lie under, of several such the one on fewest instructions. A share that can't be met, for want of instructions, is
+told in the summary; `fill` says whether its places go to the other parts.
+
+Differs from the paper: of instructions with as many tags the seed decides which comes first, not the input's order;
+the mixture is ours.
 
 The criteria of a row, given with it [our reading of the report's words]:
     score_diversity     its tags that no instruction selected before it has
@@ -18,14 +25,12 @@ The criteria of a row, given with it [our reading of the report's words]:
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from align.core.errors import DataError
 from align.core.records import Kind, Row, Split
@@ -33,12 +38,12 @@ from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import words
 from data_synthesis.sampling import ErrorBudget, last_user_text
+from data_synthesis.selection import I64, Part, Pool, complexity_first, mixed, parts_of, top_counts
+from data_synthesis.tag_levels import atomic_tags, parents_in, root_of
 from reward.judge import Judge, JudgeConfig
 
 TOP = 30
 """Tags counted before and after in the summary, for the report's chart."""
-
-Tags = Sequence[NDArray[np.int32]]
 
 
 class SelectConfig(JudgeConfig):
@@ -48,6 +53,14 @@ class SelectConfig(JudgeConfig):
     method: Literal["complexity_first", "complexity", "richness", "random"] = Field(
         "complexity_first", description="complexity_first: InsTag's complexity-first diverse sampling; complexity, "
         "richness: simply the highest by that criterion; random: the control",
+    )  # fmt: skip
+    mixture: dict[str, float] = Field(
+        {}, description="target shares of top-level tags, such as {math: 0.4, code: 0.3}; what is left to 1 is for all "
+        "other instructions; none: no target",
+    )  # fmt: skip
+    fill: bool = Field(
+        True, description="with a mixture: places that a part has too few instructions for go to the others; false: "
+        "they stay empty, so that no part has more than its share of `count`",
     )  # fmt: skip
     splits: list[Split] = Field(["train"], min_length=1, description="instructions of these splits may be selected")
     judge_template: str = Field(
@@ -59,23 +72,39 @@ class SelectConfig(JudgeConfig):
         0.05, ge=0, le=1, description="the stage fails when the judge gives no score for a larger share"
     )
 
+    @field_validator("mixture", mode="before")
+    @classmethod
+    def _whole_numbers_are_shares_too(cls, value: Any) -> Any:
+        is_whole = {type(share) for share in value.values()} <= {int, float} if isinstance(value, dict) else False
+        return {tag: float(share) for tag, share in value.items()} if is_whole else value
+
+    @field_validator("mixture")
+    @classmethod
+    def _are_shares(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < share <= 1 for share in value.values()) or sum(value.values()) > 1 + 1e-9:
+            shares = ", ".join(f"{tag} {share:g}" for tag, share in value.items())
+            raise ValueError(f"shares above 0 that add up to 1 at most were expected, found {shares}")
+        return value
+
 
 def run(config: SelectConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Gives the selected prompts in the order of the input, their tags those of the ontology where one is given."""
     table, ontology = inputs["prompts"], inputs.get("ontology")
     assert isinstance(table, Table)
     assert ontology is None or isinstance(ontology, Table)
-    atomic = atomic_tags(ontology) if ontology else None
-    if config.method != "random" and "tags" not in table.columns and config.method != "richness":
-        raise DataError(f"select: method={config.method} needs a column `tags` in {table.name}; run `tag` first")
+    if "tags" not in table.columns and (config.method in ("complexity_first", "complexity") or config.mixture):
+        what = "mixture" if config.mixture else f"method={config.method}"
+        raise DataError(f"select: {what} needs a column `tags` in {table.name}; run `tag` first")
 
-    pool = Pool(table, config.splits, atomic)
+    atomic = atomic_tags(ontology) if ontology else None
+    pool = Pool(table, config.splits, atomic, parents_in(ontology) if ontology else {}, richness)
     if not len(pool):
         raise DataError(f"select: {table.name} has no instruction in the splits {', '.join(config.splits)}")
     completeness = judged(config, table, pool, tools) if "judge" in tools.engines else None
-    allowed = np.arange(len(pool)) if completeness is None else np.flatnonzero(pool.complete(completeness, config))
+    allowed = np.arange(len(pool)) if completeness is None else np.flatnonzero(complete(completeness, config))
 
-    chosen = choose(config, pool, allowed, tools.seed)
+    parts, several = _parts(config, pool, allowed)
+    chosen = choose(config, pool, allowed, parts, tools.seed)
     tools.progress.say(f"{len(chosen)} of {len(pool)} instructions")
     if not len(chosen):
         raise DataError(
@@ -83,54 +112,41 @@ def run(config: SelectConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
             f"{' of the ontology' if ontology else ''}, or the judge finds none complete; look at the summary of "
             "`tag`, or take method=random"
         )
-    summary = pool.summary(chosen, len(set(atomic.values())) if atomic else None)
-    summary["candidates"] = len(allowed)
+    summary = figures(config, pool, allowed, chosen, len(set(atomic.values())) if atomic else None)
+    if parts:
+        summary["mixture"] = mixture_figures(parts, len(chosen), several)
     return Result(_selected(table, pool, chosen, completeness), summary)
 
 
-def complexity_first(tags: Tags, order: Iterable[int], count: int) -> list[int]:
-    """InsTag's complexity-first diverse sampling; untagged instructions never qualify.
-
-    Args:
-        tags: distinct tag numbers of each instruction.
-        order: the instructions that may be selected; those with as many tags stay in this order.
-        count: how many to select.
-
-    Returns:
-        Places in `tags`, in the order of selection.
-    """
-    left = sorted(order, key=lambda place: -len(tags[place]))  # sorted() is stable
-    selected: list[int] = []
-    while len(selected) < count and left:
-        covered: set[int] = set()  # reset at each pass
-        coverable = len(np.unique(np.concatenate([tags[place] for place in left])))
-        rest: list[int] = []
-        for number, place in enumerate(left):
-            if len(selected) == count or len(covered) == coverable:
-                rest += left[number:]  # nothing can be added in this pass any more
-                break
-            new = set(tags[place].tolist()) - covered
-            if new:
-                selected.append(place)
-                covered |= new
-            else:
-                rest.append(place)
-        if len(rest) == len(left):
-            break
-        left = rest
-    return selected
+def _parts(config: SelectConfig, pool: Pool, allowed: I64) -> tuple[dict[str, Part], int]:
+    """The parts of the target mixture, none without one; and how many instructions have several top-level tags."""
+    if not config.mixture:
+        return {}, 0
+    for name in config.mixture:
+        if name not in pool.tops:
+            known = [pool.tops[top] for top in np.argsort(-top_counts(pool), kind="stable")[:TOP]]
+            under = root_of(name, pool.parents) if name in pool.names else None
+            hint = f"it lies under '{under}'" if under else f"the top-level tags are {', '.join(known) or 'none'}"
+            raise DataError(f"select: mixture: '{name}' is no top-level tag of the pool; {hint}")
+    return parts_of(pool, allowed, config.mixture, config.count)
 
 
-def choose(config: SelectConfig, pool: Pool, allowed: NDArray[np.int64], seed: int) -> list[int]:
+def choose(config: SelectConfig, pool: Pool, allowed: I64, parts: Mapping[str, Part], seed: int) -> list[int]:
     """The selected places of the pool, in the order of selection; ties are broken by the seed."""
-    shuffled = np.random.default_rng(seed).permutation(allowed)
-    if config.method == "complexity_first":
-        return complexity_first(pool.tags, shuffled.tolist(), config.count)
-    if config.method == "random":
-        return [int(place) for place in shuffled[: config.count]]
-    scores = pool.complexity if config.method == "complexity" else pool.richness
-    best = shuffled[np.argsort(-scores[shuffled], kind="stable")]
-    return [int(place) for place in best[: config.count]]
+    rng = np.random.default_rng(seed)
+    order = np.empty(len(pool), dtype=np.int64)
+    order[rng.permutation(allowed)] = np.arange(len(allowed))
+
+    def by_method(places: I64, count: int) -> list[int]:
+        shuffled = places[np.argsort(order[places])]
+        if config.method == "complexity_first":
+            return complexity_first(pool.flat, pool.ends, shuffled, count)
+        if config.method != "random":
+            scores = pool.complexity if config.method == "complexity" else pool.richness
+            shuffled = shuffled[np.argsort(-scores[shuffled], kind="stable")]
+        return [int(place) for place in shuffled[:count]]
+
+    return mixed(parts, config.count, config.fill, by_method) if parts else by_method(allowed, config.count)
 
 
 def richness(text: str) -> float:
@@ -139,76 +155,79 @@ def richness(text: str) -> float:
     return len(set(found)) / len(found) ** 0.5 if found else 0.0
 
 
-def atomic_tags(ontology: Table) -> dict[str, str]:
-    """Raw tag to the ontology's tag."""
-    return {raw: row["tag"] for row in ontology.rows(["tag", "members"]) for raw in [*row["members"], row["tag"]]}
+def complete(completeness: NDArray[np.float64], config: SelectConfig) -> NDArray[np.bool_]:
+    """Which instructions the judge passes; one without a score is not passed."""
+    least = (config.judge_threshold - config.judge_lowest) / (config.judge_highest - config.judge_lowest)
+    return np.nan_to_num(completeness, nan=-1.0) >= least - 1e-9
 
 
-class Pool:
-    """The instructions that may be selected: what selection needs of each, without its text.
-
-    Attributes:
-        tags: distinct tag numbers of each instruction, int32 (instructions' own numbers of tags).
-        names: of the tags.
-        complexity: number of tags, (instructions,).
-        richness: see `richness`, (instructions,).
-    """
-
-    def __init__(self, table: Table, splits: Sequence[str], atomic: Mapping[str, str] | None) -> None:
-        self.splits = splits
-        self.atomic = atomic
-        self.skipped: Counter[str] = Counter()
-        numbers: dict[str, int] = {}
-        flat, ends, rich = array("i"), array("q", [0]), array("d")
-        for row in table.rows([name for name in ("split", "prompt", "tags") if name in table.columns]):
-            if row["split"] not in splits:
-                self.skipped[f"split {row['split']}"] += 1
-                continue
-            flat.extend(numbers.setdefault(tag, len(numbers)) for tag in self.tags_of(row))
-            ends.append(len(flat))
-            rich.append(richness(last_user_text(row)))
-        self.names = list(numbers)
-        self._flat, self._ends = np.asarray(flat, dtype=np.int32), np.asarray(ends)
-        self.tags: Tags = np.split(self._flat, self._ends[1:-1]) if len(rich) else []
-        self.complexity = np.diff(self._ends)
-        self.richness = np.asarray(rich)
-
-    def __len__(self) -> int:
-        return len(self.richness)
-
-    def tags_of(self, row: Row) -> list[str]:
-        """A row's distinct tags, those of the ontology where there is one; raw tags that it dropped are left out."""
-        tags = row.get("tags") or []
-        known = tags if self.atomic is None else [self.atomic[tag] for tag in tags if tag in self.atomic]
-        return list(dict.fromkeys(known))
-
-    def complete(self, completeness: NDArray[np.float64], config: SelectConfig) -> NDArray[np.bool_]:
-        """Which instructions the judge passes; one without a score is not passed."""
-        least = (config.judge_threshold - config.judge_lowest) / (config.judge_highest - config.judge_lowest)
-        return np.nan_to_num(completeness, nan=-1.0) >= least - 1e-9
-
-    def summary(self, chosen: Sequence[int], ontology_size: int | None) -> dict[str, Any]:
-        """Figures before and after. Coverage is of the ontology's tags, or of those in the pool."""
-        before = np.bincount(self._flat, minlength=len(self.names))
-        parts = [self.tags[place] for place in chosen]
-        after = np.bincount(np.concatenate(parts), minlength=len(self.names)) if parts else np.zeros_like(before)
-        all_tags = ontology_size or len(self.names)
-        top = sorted(range(len(self.names)), key=lambda n: (-before[n], self.names[n]))[:TOP]
-        return {
-            "pool": len(self),
+def figures(
+    config: SelectConfig, pool: Pool, allowed: I64, chosen: Sequence[int], ontology_size: int | None
+) -> dict[str, Any]:
+    """Figures before and after. Coverage is of the ontology's tags, or of those in the pool."""
+    before, after = pool.counts(), pool.counts(chosen)
+    all_tags = ontology_size or len(pool.names)
+    top = sorted(range(len(pool.names)), key=lambda n: (-before[n], pool.names[n]))[:TOP]
+    qualify = int((pool.complexity[allowed] > 0).sum()) if config.method == "complexity_first" else len(allowed)
+    lost = {
+        **pool.skipped,
+        "the judge finds it incomplete": len(pool) - len(allowed),
+        "untagged": len(allowed) - qualify,
+        "not selected": qualify - len(chosen),
+    }
+    return {
+        "yield": {
+            "read": len(pool) + pool.skipped.total(), "pool": len(pool), "complete": len(allowed), "tagged": qualify,
             "selected": len(chosen),
-            "untagged": int((self.complexity == 0).sum()),
-            "skipped": dict(self.skipped),
-            "tags": all_tags,
-            "coverage_before": round(int((before > 0).sum()) / all_tags, 4) if all_tags else None,
-            "coverage_after": round(int((after > 0).sum()) / all_tags, 4) if all_tags else None,
-            "complexity_before": round(float(self.complexity.mean()), 4),
-            "complexity_after": round(float(self.complexity[list(chosen)].mean()), 4),
-            "richness_before": round(float(self.richness.mean()), 4),
-            "richness_after": round(float(self.richness[list(chosen)].mean()), 4),
-            "tags_before": {self.names[n]: int(before[n]) for n in top},
-            "tags_after": {self.names[n]: int(after[n]) for n in top},
+        },
+        "lost": {why: count for why, count in lost.items() if count},
+        "pool": len(pool),
+        "selected": len(chosen),
+        "candidates": len(allowed),
+        "untagged": int((pool.complexity == 0).sum()),
+        "skipped": dict(pool.skipped),
+        "tags": all_tags,
+        "coverage_before": round(int((before > 0).sum()) / all_tags, 4) if all_tags else None,
+        "coverage_after": round(int((after > 0).sum()) / all_tags, 4) if all_tags else None,
+        "complexity_before": round(float(pool.complexity.mean()), 4),
+        "complexity_after": round(float(pool.complexity[list(chosen)].mean()), 4),
+        "richness_before": round(float(pool.richness.mean()), 4),
+        "richness_after": round(float(pool.richness[list(chosen)].mean()), 4),
+        "tags_before": {pool.names[n]: int(before[n]) for n in top},
+        "tags_after": {pool.names[n]: int(after[n]) for n in top},
+        "by_top_level_tag": top_figures(pool, before, after, chosen),
+    }  # fmt: skip
+
+
+def top_figures(pool: Pool, before: I64, after: I64, chosen: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Of the commonest top-level tags: instructions and coverage of the tags under it, before and after."""
+    width = len(pool.tops)
+    tags = np.bincount(pool.roots, minlength=width)
+    reached = np.bincount(pool.roots[after > 0], minlength=width)
+    pool_counts, counts = top_counts(pool), top_counts(pool, chosen)
+    order = sorted(range(width), key=lambda top: (-pool_counts[top], pool.tops[top]))[:TOP]
+    return {
+        pool.tops[top]: {
+            "instructions_before": int(pool_counts[top]), "instructions_after": int(counts[top]),
+            "tags": int(tags[top]), "coverage_after": round(int(reached[top]) / int(tags[top]), 4),
         }
+        for top in order
+    }  # fmt: skip
+
+
+def mixture_figures(parts: Mapping[str, Part], selected: int, several: int) -> dict[str, Any]:
+    """What the target mixture came to; `missing` is what a part lacks of its share of `count`."""
+    return {
+        "parts": {
+            name: {
+                "share": round(part.share, 4), "wanted": part.wanted, "in_pool": len(part.places),
+                "selected": len(part.chosen), "selected_share": round(len(part.chosen) / selected, 4),
+                "missing": max(0, part.wanted - len(part.chosen)),
+            }
+            for name, part in parts.items() if part.share > 0 or part.chosen
+        },
+        "instructions_with_several_top_level_tags": several,
+    }  # fmt: skip
 
 
 def judged(config: SelectConfig, table: Table, pool: Pool, tools: Tools) -> NDArray[np.float64]:
@@ -234,7 +253,7 @@ def _selected(
     gains: dict[int, int] = {}
     seen: set[int] = set()
     for place in chosen:
-        new = set(pool.tags[place].tolist()) - seen
+        new = set(pool.numbers(place).tolist()) - seen
         gains[place] = len(new)
         seen |= new
     ranks = {place: rank for rank, place in enumerate(chosen)}
@@ -248,6 +267,7 @@ def _selected(
         yield {
             **row,
             "tags": pool.tags_of(row),
+            "top_tags": [pool.tops[top] for top in dict.fromkeys(pool.roots[pool.numbers(place)].tolist())],
             "selection_rank": ranks[place],
             "score_diversity": gains[place],
             "score_richness": float(pool.richness[place]),
@@ -275,6 +295,14 @@ STAGE = Stage(
     optional_engines=("judge",),
     reads=("judge_template",),
     asks=asks,
-    adds=("tags", "selection_rank", "score_diversity", "score_richness", "score_complexity", "score_completeness"),
-    version=2,
+    adds=(
+        "tags",
+        "top_tags",
+        "selection_rank",
+        "score_diversity",
+        "score_richness",
+        "score_complexity",
+        "score_completeness",
+    ),
+    version=3,
 )

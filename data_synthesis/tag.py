@@ -97,7 +97,14 @@ def user_turns(row: Row, turns: Literal["last", "all"]) -> list[str]:
 
 
 def read_tags(text: str) -> list[str]:
-    """The tags in a model's answer, without repetitions: a JSON list of objects with `tag`, or of texts.
+    """The tags in a model's answer, without repetitions; see `read_explained`."""
+    return list(read_explained(text))
+
+
+def read_explained(text: str) -> dict[str, str]:
+    """The tags in a model's answer with their explanations: a JSON list of objects with `tag`, or of texts.
+
+    An explanation that isn't there is empty.
 
     Raises:
         MalformedError: anything else, an empty list and an empty tag among it.
@@ -110,13 +117,13 @@ def read_tags(text: str) -> list[str]:
         raise MalformedError(f"not JSON: {body[:80]!r}") from problem
     if not isinstance(items, list) or not items:
         raise MalformedError(f"no JSON list of tags: {body[:80]!r}")
-    tags: dict[str, None] = {}
+    tags: dict[str, str] = {}
     for item in items:
-        tag = item.get("tag") if isinstance(item, dict) else item
+        tag, explanation = (item.get("tag"), item.get("explanation")) if isinstance(item, dict) else (item, "")
         if not isinstance(tag, str) or not tag.strip():
             raise MalformedError(f"an item without a tag: {body[:80]!r}")
-        tags[tag.strip()] = None
-    return list(tags)
+        tags.setdefault(tag.strip(), explanation.strip() if isinstance(explanation, str) else "")
+    return tags
 
 
 def asks(config: TagConfig) -> dict[str, Asks]:

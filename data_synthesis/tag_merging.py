@@ -40,7 +40,7 @@ def by_meaning(counts: Mapping[str, int], embedding: str | None, max_distance: f
     from scipy.sparse.csgraph import connected_components
 
     tags = sorted(counts)
-    vectors = _vectors(tags, embedding)
+    vectors = vectors_of(tags, embedding)
     left: list[Any] = []
     right: list[Any] = []
     for start in range(0, len(tags), BLOCK):
@@ -60,7 +60,7 @@ def by_meaning(counts: Mapping[str, int], embedding: str | None, max_distance: f
     }
 
 
-def _vectors(tags: Sequence[str], embedding: str | None) -> Any:
+def vectors_of(tags: Sequence[str], embedding: str | None, stage: str = "ontology") -> Any:
     """Unit vectors of the tags: dense (tags, width) of a model, or sparse ones of character n-grams, float32."""
     if embedding is None:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -70,7 +70,7 @@ def _vectors(tags: Sequence[str], embedding: str | None) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as problem:
         raise DataError(
-            f"ontology: embedding={embedding} needs sentence-transformers; pip install 'align-toolkit[embeddings]', "
+            f"{stage}: embedding={embedding} needs sentence-transformers; pip install 'align-toolkit[embeddings]', "
             "or leave the setting out for character n-grams"
         ) from problem
     model = SentenceTransformer(embedding)

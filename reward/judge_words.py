@@ -25,6 +25,7 @@ _SCORE_LINE = re.compile(
     _LINE.format(word="score", value=rf"{_NUMBER}(?:[ \t]*/[ \t]*{_NUMBER})?"), re.MULTILINE | re.IGNORECASE
 )
 _WINNER_LINE = re.compile(_LINE.format(word="winner", value=r"(?:answer[ \t]+)?[AB]|tie"), re.MULTILINE | re.IGNORECASE)
+_VERDICT_LINE = re.compile(_LINE.format(word="verdict", value="yes|no"), re.MULTILINE | re.IGNORECASE)
 _NOTHING_MORE = re.compile(r"[\s`*]*")
 _DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in texts as they are
 
@@ -59,6 +60,27 @@ def read_winner(text: str) -> Side:
     return _only([_side(said) for said in _statements(body, "winner", _WINNER_LINE)])
 
 
+def read_yes_no(text: str) -> bool:
+    """Whether a judge said yes: bare, on a line `Verdict: yes`, or as `{"verdict": "yes"}`.
+
+    Raises:
+        MalformedError: neither yes nor no at the end, or both.
+    """
+    body = _own_words(text)
+    bare = body.strip('*.`" ').lower()
+    if bare in _YES_NO:
+        return _YES_NO[bare]
+    said = _statements(body, "verdict", _VERDICT_LINE)
+    values = [value if isinstance(value, str) else value[0] for value in said]
+    answers = [_YES_NO.get(value.strip().lower()) if isinstance(value, str) else None for value in values]
+    if None in answers:
+        raise MalformedError(f"neither yes nor no as verdict: {_shown(str(values[answers.index(None)]))}")
+    if len(set(answers)) > 1:
+        raise MalformedError("the answer contradicts itself: yes and no")
+    return bool(answers[0])
+
+
+_YES_NO = {"yes": True, "no": False}
 _SIDES: dict[str, Side] = {"a": "A", "b": "B", "tie": "tie", "answer a": "A", "answer b": "B"}
 
 

@@ -120,6 +120,30 @@ def _ready(path: Path, kinds: Sequence[Kind | None], name: str) -> Table | None:
     return None
 
 
+def kind_of_source(spec: Spec) -> Kind:
+    """What the rows of a source are best read as: of the kinds that their columns allow, the one that holds most.
+
+    Raises:
+        DataError: there is no such data, or its columns are of no shape known.
+        RecipeError: the spec itself is wrong.
+    """
+    source = parse_sources(spec)[0]
+    for part in locate(source.source, source.name, source.split, source.revision):
+        for where, record in part.records():
+            columns = tuple(_renamed(record, source, where))
+            if {"completion", "verdict"} <= set(columns):
+                return Kind.COMPLETIONS
+            for kind in (Kind.PREFERENCES, Kind.DEMONSTRATIONS):
+                try:
+                    formats.shape_of(columns, kind, where)
+                except DataError:
+                    continue
+                return kind
+            formats.shape_of(columns, Kind.PROMPTS, where)
+            return Kind.PROMPTS
+    raise DataError(f"{source.source}: has no rows")
+
+
 def _convert(sources: Sequence[Source], kind: Kind | None, folder: Path, seed: int) -> None:
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     card = Card(

@@ -136,6 +136,8 @@ class Stage:
         config: the settings' class.
         needs: inputs by name, in the order of the help.
         gives: the kind of its result.
+        gives_as: the input whose kind it gives, for a stage that takes several kinds and gives back what came in;
+            `gives` is then what it gives where nothing better is known.
         run: `run(config, inputs, tools)`; inputs hold a `Table` for datasets and a `ModelRef` for models.
             It never reads the environment or the command line, and writes only below `tools.out` and `tools.work`.
         engines: the roles it samples from, with a line of help each.
@@ -164,4 +166,5 @@ class Stage:
     adds: tuple[str, ...] = ()
     version: int = 1
     asks: Callable[[Any], Mapping[str, Asks]] | None = None
+    gives_as: str = ""
     trains: bool = False

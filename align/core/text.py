@@ -17,6 +17,9 @@ _WORD = re.compile(
 )
 _as_json = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 _ASCII_BLANKS = {code: " " for code in range(128) if not chr(code).isalnum()}
+_ASCII = bytes(range(128))
+_BLANKS = frozenset("‘’‚“”„«»‹›–—―•·′″€£¥§©®°×÷←→≤≥≠≈✓\u00a0\u200b\ufeff")
+"""Common symbols that NFKC turns into no letter and no digit: in an English text they are as good as blanks."""
 
 
 def normalise(text: str) -> str:
@@ -29,9 +32,18 @@ def words(text: str) -> list[str]:
 
     A script written without spaces (Chinese, Japanese kana) gives one word a character.
     """
-    if text.isascii():
-        return text.lower().translate(_ASCII_BLANKS).split()  # the same, several times as fast
+    plain = plain_ascii(text)
+    if plain is not None:
+        return plain.decode().lower().translate(_ASCII_BLANKS).split()  # the same, several times as fast
     return _WORD.findall(normalise(text))
+
+
+def plain_ascii(text: str) -> bytes | None:
+    """The bytes of a text that has ASCII letters only, other symbols in it made ?; None where it has other letters."""
+    if text.isascii():
+        return text.encode()
+    others = text.encode("utf-8", "surrogatepass").translate(None, _ASCII).decode("utf-8", "surrogatepass")
+    return text.encode("ascii", "replace") if _BLANKS.issuperset(others) else None
 
 
 def ngrams(items: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:

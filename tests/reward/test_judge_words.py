@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.core.asking import MalformedError
-from reward.judge_words import read_score, read_winner
+from reward.judge_words import read_score, read_winner, read_yes_no
 
 
 @pytest.mark.parametrize(
@@ -157,3 +157,31 @@ def test_whatever_a_judge_says_is_a_verdict_or_malformed_and_nothing_else(text: 
         assert 1 <= read_score(text, 1, 10) <= 10
     with suppress(MalformedError):
         assert read_winner(text) in ("A", "B", "tie")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("yes", True), ("No.", False), ("**Yes**", True), ('{"reason": "x", "verdict": "no"}', False),
+        ("It fits, so no doubt.\nVerdict: yes", True), ('```json\n{"verdict": "Yes"}\n```', True), ('"yes"', True),
+    ],
+)  # fmt: skip
+def test_yes_and_no_are_read_where_they_are_said_plainly(text: str, said: bool) -> None:
+    assert read_yes_no(text) is said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "maybe",
+        "yes and no",
+        "yes, since no tag is better",
+        '{"verdict": true}',
+        "Verdict: yes\nVerdict: no",
+        '{"verdict": "x"}',
+    ],
+)
+def test_anything_else_is_neither_yes_nor_no(text: str) -> None:
+    with pytest.raises(MalformedError):
+        read_yes_no(text)

@@ -78,7 +78,8 @@ def test_prompts_of_the_files_in_against_do_not_occur(bench: Bench, tmp_path: Pa
     assert bench.summary["in_against"] == 1
 
 
-LONG = " ".join(f"word{n}" for n in range(60))
+LONG = " ".join(f"word{n}" for n in range(120))
+"""One word changed leaves 112 of 122 runs of five words, the role's among them: 0.92."""
 
 
 def test_nearly_the_same_prompts_are_dropped_when_asked(bench: Bench, tmp_path: Path):

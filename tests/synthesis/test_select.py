@@ -2,18 +2,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
 from align.core.records import Kind, Row
 from align.core.store import Table
-from data_synthesis.select import STAGE, complexity_first, richness
+from data_synthesis.select import STAGE, SelectConfig, richness
+from data_synthesis.selection import complexity_first, quotas
 
 from .conftest import Bench, a_prompt
 
 
-def numbered(rows: list[str]) -> list[np.ndarray[Any, Any]]:
-    return [np.array([ord(letter) for letter in row], dtype=np.int32) for row in rows]
+def selected(rows: list[str] | list[set[int]], count: int) -> list[int]:
+    flat = [ord(tag) if isinstance(tag, str) else tag for row in rows for tag in row]
+    ends = np.cumsum([0, *(len(row) for row in rows)])
+    return complexity_first(np.array(flat, dtype=np.int32), ends, np.arange(len(rows)), count)
 
 
 GOLDEN = ["ab", "abc", "d", "bc", "abd", "", "c", "e"]
@@ -26,37 +30,42 @@ Pass 3: c. Left: 5. Pass 4: nothing moves."""
 def test_complexity_first_diverse_sampling_takes_what_the_paper_takes() -> None:
     order = [1, 4, 7, 0, 3, 2, 6]
     for count in range(1, 8):
-        assert complexity_first(numbered(GOLDEN), range(8), count) == order[:count]
+        assert selected(GOLDEN, count) == order[:count]
 
 
 def test_untagged_instructions_never_qualify() -> None:
-    assert complexity_first(numbered(GOLDEN), range(8), 100) == [1, 4, 7, 0, 3, 2, 6]
-    assert complexity_first(numbered(["", ""]), range(2), 1) == []
+    assert selected(GOLDEN, 100) == [1, 4, 7, 0, 3, 2, 6]
+    assert selected(["", ""], 1) == []
+    assert selected(list[str](), 1) == []
 
 
-def test_the_shortcut_at_full_coverage_changes_nothing() -> None:
-    """Against the plain algorithm, which looks at every instruction in every pass."""
+def by_the_papers_loop(tags: list[set[int]], count: int) -> list[int]:
+    """InsTag's pseudo-code, line by line."""
+    left, chosen = sorted(range(len(tags)), key=lambda i: -len(tags[i])), list[int]()
+    while len(chosen) < count and left:
+        covered: set[int] = set()
+        moved = list[int]()
+        for i in left:
+            if len(covered | tags[i]) > len(covered):
+                moved.append(i)
+                chosen.append(i)
+                covered |= tags[i]
+                if len(chosen) == count:
+                    break
+        if not moved:
+            break
+        left = [i for i in left if i not in moved]
+    return chosen
 
-    def plain(tags: list[set[int]], count: int) -> list[int]:
-        left, selected = sorted(range(len(tags)), key=lambda i: -len(tags[i])), list[int]()
-        while len(selected) < count and left:
-            covered: set[int] = set()
-            moved = []
-            for i in left:
-                if len(selected) < count and tags[i] - covered:
-                    moved.append(i)
-                    selected.append(i)
-                    covered |= tags[i]
-            if not moved:
-                break
-            left = [i for i in left if i not in moved]
-        return selected
 
+def test_the_queues_of_the_tags_select_what_the_papers_loop_selects() -> None:
+    """On 300 random pools: few and many tags, untagged instructions, and counts below and above what qualifies."""
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        tags = [np.unique(rng.integers(0, 12, rng.integers(0, 5))).astype(np.int32) for _ in range(40)]
-        count = int(rng.integers(1, 45))
-        assert complexity_first(tags, range(40), count) == plain([set(t.tolist()) for t in tags], count)
+    for _ in range(300):
+        size, of = int(rng.integers(1, 40)), int(rng.integers(1, 15))
+        tags = [set(rng.integers(0, of, rng.integers(0, 6)).tolist()) for _ in range(size)]
+        count = int(rng.integers(1, size + 5))
+        assert selected(tags, count) == by_the_papers_loop(tags, count)
 
 
 def test_richness_is_distinct_words_over_the_root_of_all_words() -> None:
@@ -169,3 +178,70 @@ def test_several_tables_of_prompts_are_one_pool(bench: Bench) -> None:
     two = bench.table([a_prompt(2, tags=["b"])], Kind.PROMPTS)
     rows = bench.run(STAGE, {"count": 2}, prompts=Table([*one.files, *two.files], "both", "f"))
     assert len(rows) == 2
+
+
+def levels(bench: Bench) -> Table:
+    """Two top-level tags, m over a and b, c by itself over d."""
+    parents = {"m": None, "a": "m", "b": "a", "c": None, "d": "c"}
+    rows = [{"tag": tag, "count": 1, "members": [tag], "parent": up, "examples": []} for tag, up in parents.items()]
+    return bench.table(rows, Kind.ONTOLOGY)
+
+
+def test_a_mixture_is_met_by_top_level_tags(bench: Bench) -> None:
+    """Half of 4 is 2: of those under m, ab (two tags) and then, in the second pass, the other ab; d and d for the rest.
+
+    An instruction under both counts where most of its tags are: "abd" under m.
+    """
+    texts = ["ab", "ab", "a", "b", "d", "d", "abd", ""]
+    prompts = [a_prompt(i, tags=list(tags)) for i, tags in enumerate(texts)]
+    rows = bench.run(STAGE, {"count": 4, "mixture": {"c": 0.5, "m": 0.5}}, prompts=prompts, ontology=levels(bench))
+    assert {row["prompt_id"] for row in rows} >= {"p4", "p5", "p6"} and len(rows) == 4
+    assert {row["prompt_id"]: row["top_tags"] for row in rows}["p6"] == ["m", "c"]
+    found = bench.summary["mixture"]
+    assert found["instructions_with_several_top_level_tags"] == 1
+    assert found["parts"] == {
+        "c": {"share": 0.5, "wanted": 2, "in_pool": 2, "selected": 2, "selected_share": 0.5, "missing": 0},
+        "m": {"share": 0.5, "wanted": 2, "in_pool": 5, "selected": 2, "selected_share": 0.5, "missing": 0},
+    }
+    assert bench.summary["by_top_level_tag"] == {
+        "m": {"instructions_before": 5, "instructions_after": 2, "tags": 2, "coverage_after": 1.0},
+        "c": {"instructions_before": 3, "instructions_after": 3, "tags": 1, "coverage_after": 1.0},
+    }
+    assert bench.summary["yield"]["read"] == 8
+    assert bench.summary["lost"] == {"untagged": 1, "not selected": 3}
+
+
+def test_a_share_that_can_not_be_met_is_told_and_its_places_are_filled_or_left_empty(bench: Bench) -> None:
+    prompts = [a_prompt(i, tags=[tag]) for i, tag in enumerate("aaaaaaaad")]
+    settings = {"count": 6, "mixture": {"d": 0.5, "a": 0.5}}
+    assert len(bench.run(STAGE, settings, prompts=prompts)) == 6
+    parts = bench.summary["mixture"]["parts"]
+    assert [(part["wanted"], part["selected"], part["missing"]) for part in parts.values()] == [(3, 1, 2), (3, 5, 0)]
+    rows = bench.run(STAGE, {**settings, "fill": False}, prompts=prompts)
+    assert sorted(row["tags"][0] for row in rows) == ["a", "a", "a", "d"]
+
+
+def test_what_a_mixture_leaves_is_for_the_other_instructions(bench: Bench) -> None:
+    prompts = [a_prompt(i, tags=[tag]) for i, tag in enumerate("aaaaabcde")]
+    rows = bench.run(STAGE, {"count": 4, "mixture": {"a": 0.25}}, prompts=prompts)
+    assert sorted(row["tags"][0] for row in rows)[0] == "a" and len({row["tags"][0] for row in rows}) == 4
+    rows = bench.run(STAGE, {"count": 4, "mixture": {"a": 1}}, prompts=prompts)
+    assert [row["tags"][0] for row in rows] == ["a"] * 4
+
+
+def test_a_tag_of_the_mixture_that_is_not_at_the_top_is_refused(bench: Bench) -> None:
+    prompts = [a_prompt(1, tags=["a", "b"])]
+    with pytest.raises(DataError, match="'a' is no top-level tag of the pool; it lies under 'm'"):
+        bench.run(STAGE, {"count": 1, "mixture": {"a": 0.5}}, prompts=prompts, ontology=levels(bench))
+    with pytest.raises(DataError, match="'z' is no top-level tag of the pool; the top-level tags are m"):
+        bench.run(STAGE, {"count": 1, "mixture": {"z": 0.5}}, prompts=prompts, ontology=levels(bench))
+    for wrong in ({"a": 0.7, "b": 0.4}, {"a": 0.0}, {"a": -1}):
+        with pytest.raises(ValidationError, match="shares above 0 that add up to 1 at most"):
+            SelectConfig(count=1, mixture=wrong)
+
+
+def test_quotas_are_whole_numbers_that_add_up() -> None:
+    """Of 10 in thirds: 3 1/3 each, so one of them, the first, has 4."""
+    assert quotas([1 / 3, 1 / 3, 1 / 3], 10) == [4, 3, 3]
+    assert quotas([0.5, 0.3, 0.2], 7) == [4, 2, 1]  # 3.5, 2.1, 1.4
+    assert quotas([0.0, 0.0], 7) == [0, 0]
