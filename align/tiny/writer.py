@@ -1,10 +1,10 @@
 """The second model of the embedded world, `tiny-writer`: `tiny` taught what synthesis asks of a capable model.
 
 It answers the world's instructions, and does the chores of `align/tiny/chores`: it evolves instructions, writes
-checkers and tests, puts instructions to passages, judges. Half of what it reads are right answers to the world's
-instructions, half are chores; only the answers count in the loss.
+checkers and tests, puts instructions to passages, judges. A third of what it reads are right answers to the world's
+instructions, the others are chores; only the answers count in the loss.
 
-    python -m align.tiny.writer out=FOLDER [chores=follow,evolve] [steps=1500] [seed=0]
+    python -m align.tiny.writer out=FOLDER [chores=follow,evolve] [steps=9000] [seed=0]
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from align.core.store import TINY
 from align.tiny.chores import Chore, load_chores
 from align.tiny.world import MAKERS
 
-TOKENS = 4096
+TOKENS = 2048
 """Of a batch, padding among them."""
+
+CHORES = 0.65
+"""Share of chores among what is read; the others are the world's own instructions."""
 
 PEAK = 3e-3
 """Learning rate."""
@@ -35,7 +38,7 @@ PEAK = 3e-3
 _POOL = 256
 """Documents that are sorted by length before they are cut into batches."""
 
-_SHARES = {"math": 3, "code": 2, "format": 3, "tag": 1, "benign": 1, "harmful": 1}
+_SHARES = {"math": 3, "code": 2, "format": 3, "tag": 2, "benign": 1, "harmful": 1}
 _FAMILIES = tuple(family for family, share in _SHARES.items() for _ in range(share))
 
 
@@ -44,7 +47,7 @@ def documents(seed: int, chores: Mapping[str, Chore]) -> Iterator[tuple[list[dic
     rng = random.Random(f"writer/{seed}")
     makers = list(chores.values())
     while True:
-        if makers and rng.random() < 0.5:
+        if makers and rng.random() < CHORES:
             messages, answer = rng.choice(makers)(rng)
             yield [dict(message) for message in messages], answer
         else:
@@ -107,13 +110,13 @@ def train(model: Any, tokenizer: Any, chores: Mapping[str, Chore], steps: int, s
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-def make(out: str, chores: str = "", steps: int = 1500, seed: int = 0) -> Path:
+def make(out: str, chores: str = "", steps: int = 9000, seed: int = 0) -> Path:
     """Makes the writer and writes it to `out`, in bfloat16.
 
     Args:
         out: the folder.
         chores: modules of `align/tiny/chores`, with commas between; all by default.
-        steps: of about 4,000 tokens each.
+        steps: of about 2,000 tokens each.
         seed: the same seed gives the same model on the same kind of machine.
 
     Raises:
@@ -145,4 +148,4 @@ def make(out: str, chores: str = "", steps: int = 1500, seed: int = 0) -> Path:
 
 if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    print(make(given["out"], given.get("chores", ""), int(given.get("steps", 1500)), int(given.get("seed", 0))))
+    print(make(given["out"], given.get("chores", ""), int(given.get("steps", 9000)), int(given.get("seed", 0))))
