@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from align.core.engines.completion_file import kept_in
 from align.core.manifest import Manifest
 from align.core.records import Kind
-from align.core.stage import Asks
+from align.core.stage import Asks, role_of
 from align.core.store import Table
 from align.pipeline import Planned
 from align.plan import Recipe, Source, Step
@@ -61,11 +62,17 @@ def forecasts(recipe: Recipe, planned: Sequence[Planned]) -> Iterator[Forecast]:
     for p in planned:
         if p.done is None and p.step.stage.asks is not None:
             asks = p.step.stage.asks(p.step.config)
-            roles = [role for role in asks if role in p.step.engines or not p.step.stage.engines]
-            kept = {role: kept_in(p.folder / "work" / f"completions-{role}") for role in roles}
-            lengths = {role: _expected(recipe, p, role, asks[role], kept[role], done) for role in roles}
-            for role in roles:
-                yield _forecast(recipe, p, role, asks[role], kept[role][0], lengths, done)
+            by_key = {key: asks[role_of(key)] for key in p.step.engines if role_of(key) in asks}
+            if not p.step.stage.engines:
+                by_key = dict(asks)
+            engines = Counter(role_of(key) for key in by_key)
+            by_key = {  # who reads a role's completions reads those of every engine in it
+                key: replace(ask, samples=ask.samples * max(engines[str(ask.reads)], 1)) for key, ask in by_key.items()
+            }
+            kept = {key: kept_in(p.folder / "work" / f"completions-{key}") for key in by_key}
+            lengths = {key: _expected(recipe, p, key, ask, kept[key], done) for key, ask in by_key.items()}
+            for key, ask in by_key.items():
+                yield _forecast(recipe, p, key, ask, kept[key][0], lengths, done)
 
 
 def _forecast(

@@ -90,7 +90,7 @@ def _kind(need: Need) -> str:
 def _engines(stage: Stage) -> Iterator[tuple[str, str, str, str]]:
     for role, meaning in stage.engines.items():
         default = "" if role in stage.optional_engines else "required"
-        yield role, "engine", default, meaning
+        yield role, "engine, or a list" if role in stage.several else "engine", default, meaning
 
 
 def _columns(stage: Stage) -> str:

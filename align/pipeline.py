@@ -190,6 +190,7 @@ def _card(recipe: Recipe, step: Step, inputs: Mapping[str, Any], result: Result)
         inputs={name: getattr(each, "name", "") for name, each in inputs.items()},
         licenses={name: licence for table in tables for name, licence in table.licenses.items()}
         | dict(result.summary.get("licenses", {})),
+        summary=result.summary,
     )
 
 

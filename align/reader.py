@@ -9,7 +9,8 @@ from typing import Any
 
 from align.backends import Backend, backend
 from align.core.errors import RecipeError
-from align.core.stage import Stage
+from align.core.stage import Stage, numbered
+from align.core.store import SHIPPED
 from align.outside import is_there
 from align.plan import EngineSpec, Source, Step
 from align.settings import checked, found, mapping, scalar, speed_of, stage_keys, wants_model
@@ -118,20 +119,29 @@ class Reader:
             if role not in stage.engines:
                 known = nearest(role, list(stage.engines)) if stage.engines else "it samples from none"
                 self.problems.add((*at, role), f"{stage.name} has no such engine; {known}")
-        engines: dict[str, EngineSpec] = {}
+        engines: dict[str, EngineSpec | None] = {}
         for role, help_line in stage.engines.items():
             value = raw.get(role)
             if value is None:
                 if role not in stage.optional_engines:
                     self.problems.add((*at, role), f"missing: {help_line}")
                 continue
-            place: Key = (*at, role)
-            if isinstance(value, str) and value in self.engines:
-                self.used.add(value)
-                place, value = ("engines", value), self.engines[value]
-            if engine := self.engine(value, place):
-                engines[role] = engine
-        return engines
+            if not isinstance(value, list):
+                engines[role] = self._named(value, (*at, role))
+            elif role not in stage.several or not value:
+                what = "the list is empty" if role in stage.several else "one engine was expected, found a list"
+                self.problems.add((*at, role), what)
+            else:
+                for number, item in enumerate(value):
+                    engines[numbered(role, number + 1)] = self._named(item, (*at, role, number))
+        return {key: engine for key, engine in engines.items() if engine}
+
+    def _named(self, value: Any, at: Key) -> EngineSpec | None:
+        """An engine as a step names it: one of the recipe's, or one of its own."""
+        if isinstance(value, str) and value in self.engines:
+            self.used.add(value)
+            return self.engine(self.engines[value], ("engines", value))
+        return self.engine(value, at)
 
     def engine(self, raw: Any, at: Key) -> EngineSpec | None:
         """An engine: a model, or a mapping with `kind`, `model` and the settings of that kind."""
@@ -152,12 +162,12 @@ class Reader:
     def _engine_model(self, text: str, at: Key, chosen: Backend) -> Source | None:
         if not chosen.local and not text.startswith("step:"):
             return Source(None, text, at)
-        if "/" in text or ":" in text or text == "tiny" or Path(text).expanduser().exists():
+        if "/" in text or ":" in text or text in SHIPPED or Path(text).expanduser().exists():
             return self._source(text, at, model=True)
         if text in self.steps:
             self.problems.add(at, f"'{text}' is a step and no engine; write step:{text} for the model that it makes")
         else:
-            names = [*self.engines, *(f"step:{step}" for step in self.steps), "tiny"]
+            names = [*self.engines, *(f"step:{step}" for step in self.steps), *SHIPPED]
             self.problems.add(at, f"'{text}': no engine or model folder of that name; {nearest(text, names)}")
         return None
 
@@ -199,11 +209,11 @@ class Reader:
     def _is_outside(self, text: str, at: Key, model: bool) -> bool:
         """Whether a text can be a path or a Hub id, as far as can be told without opening it."""
         path = Path(self._located(text)).expanduser()
-        if path.exists() or (text == "tiny" if model else any(sign in text for sign in "*?[")):
+        if path.exists() or (text in SHIPPED if model else any(sign in text for sign in "*?[")):
             return True
         if _HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix not in _FILE_ENDINGS:
             return True
-        names = [*self.steps, *(["tiny"] if model else [])]
+        names = [*self.steps, *(SHIPPED if model else [])]
         if "/" in text or path.suffix in _FILE_ENDINGS or not names:
             self.problems.add(at, f"'{text}': there is no such {'model folder' if model else 'file or folder'}")
         else:

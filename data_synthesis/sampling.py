@@ -246,6 +246,20 @@ def answered(
         yield group, []
 
 
+def why_lost(row: Row) -> str:
+    """Why a completion is no demonstration, for the table of what was lost.
+
+    `lost`, where a stage sets it, says it of one that passed.
+    """
+    if row["verdict"] == "error":
+        return "not sampled" if row["detail"].startswith("not sampled") else "could not be verified"
+    if row["verdict"] == "failed":
+        return "wrong, and cut off at max_tokens" if row["finish_reason"] == "length" else "wrong"
+    if row["finish_reason"] != "stop":
+        return "right, but cut off at max_tokens"
+    return str(row.get("lost") or "right, but not kept")
+
+
 class Tally:
     """Counts a sampling stage's completions, for its progress and its summary."""
 
@@ -253,6 +267,7 @@ class Tally:
         self.prompts = self.solved = self.kept = self.errors = self.truncated = 0
         self.samples: Counter[str] = Counter()
         self.passed: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
 
     def count(self, rows: list[Row]) -> None:
         """Takes one prompt's completions in."""
@@ -265,6 +280,8 @@ class Tally:
             self.errors += row["verdict"] == "error"
             self.truncated += row["finish_reason"] == "length"
             self.kept += bool(row.get("kept"))
+            if not row.get("kept", row["verdict"] == "passed"):
+                self.lost[why_lost(row)] += 1
 
     def yielded(self) -> str:
         """How many of the samples passed, for the progress."""
@@ -283,6 +300,13 @@ class Tally:
             "kept_per_prompt": round(self.kept / self.prompts, 4) if self.prompts else None,
             "truncated": self.truncated,
             "errors": self.errors,
+            "yield": {
+                "prompts": self.prompts,
+                "sampled": self.samples.total(),
+                "passed": self.passed.total(),
+                "kept": self.samples.total() - self.lost.total(),
+            },
+            "lost": dict(self.lost.most_common()),
         }
 
     def check(self, stage: str, table: str, skipped: Counter[str]) -> None:

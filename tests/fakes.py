@@ -81,23 +81,23 @@ def sample(config: SampleConfig, inputs: Mapping[str, Table | ModelRef], tools: 
 
 
 def _completions(config: SampleConfig, prompts: Table, tools: Tools) -> Iterator[Row]:
-    engine = tools.engines["sampler"]
     params = SamplingParams(max_tokens=config.max_tokens, seed=tools.seed)
     rows = list(prompts.rows())
     tools.progress.start(len(rows), "prompts")
-    answers = in_order(engine, (row["prompt"] for row in rows), config.samples, params)
-    for row, (_, completions) in zip(rows, answers, strict=True):
-        tools.progress.advance()
-        for index, completion in enumerate(completions):
-            yield {
-                **row,
-                "sample_index": index,
-                "completion": [{"role": "assistant", "content": completion.text}],
-                "reward": float(len(completion.text)),
-                "verdict": "passed",
-                "detail": "",
-                "generator": engine.generator,
-            }
+    for engine in tools.all_of("sampler"):
+        answers = in_order(engine, (row["prompt"] for row in rows), config.samples, params)
+        for row, (_, completions) in zip(rows, answers, strict=True):
+            tools.progress.advance()
+            for index, completion in enumerate(completions):
+                yield {
+                    **row,
+                    "sample_index": index,
+                    "completion": [{"role": "assistant", "content": completion.text}],
+                    "reward": float(len(completion.text)),
+                    "verdict": "passed",
+                    "detail": "",
+                    "generator": engine.generator,
+                }
 
 
 def sample_asks(config: SampleConfig) -> dict[str, Asks]:
@@ -116,6 +116,7 @@ SAMPLE = Stage(
     sample,
     engines={"sampler": "what samples", "judge": "what judges"},
     optional_engines=("judge",),
+    several=("sampler",),
     asks=sample_asks,
 )
 TAGGED = Stage(

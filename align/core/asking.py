@@ -215,6 +215,37 @@ def load_template(setting: str, shipped: Path, needs: Iterable[str]) -> str:
     return text
 
 
+def load_templates(setting: str, shipped: Path, needs: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The texts of a stage's prompt templates by name, from a setting that names a shipped set or a folder.
+
+    Args:
+        setting: `default`, the name of a folder in `shipped` (`tiny`), or a path. A template that the folder lacks is
+            the default one.
+        shipped: the folder of the stage's own templates: the default set as files, other sets as folders.
+        needs: the placeholders that each template must have, by its name.
+
+    Raises:
+        DataError: there is no such set, a file in it is none of the templates, or a placeholder is missing.
+    """
+    sets = sorted(place.name for place in shipped.iterdir() if place.is_dir())
+    folder = shipped if setting == "default" else shipped / setting if setting in sets else Path(setting).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            f"templates {setting!r}: no such folder, and no shipped set (default, {', '.join(sets)}); a folder holds "
+            f"{', '.join(f'{name}.txt' for name in needs)}, or some of them"
+        )
+    texts = {}
+    for name, placeholders in needs.items():
+        file = folder / f"{name}.txt"
+        texts[name] = load_template(str(file if file.is_file() else shipped / f"{name}.txt"), shipped, placeholders)
+    if folder.parent != shipped and folder != shipped:
+        unknown = sorted(file.name for file in folder.glob("*.txt") if file.stem not in needs)
+        if unknown:
+            expected = ", ".join(f"{name}.txt" for name in needs)
+            raise DataError(f"templates {setting!r}: {', '.join(unknown)}: no template of this stage ({expected})")
+    return texts
+
+
 def fill(template: str, values: Mapping[str, str]) -> str:
     """The template with its placeholders replaced; braces around anything else stay as they are.
 

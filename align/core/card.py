@@ -23,6 +23,8 @@ class Card:
         inputs: what it was made from: a line for each name.
         licenses: the licence of each source that the rows go back to, where known.
         notes: more lines of text.
+        summary: the stage's figures, complete by the time that the card is written. Of them the card shows `yield`
+            (step to count, in order) and `lost` (reason to count).
     """
 
     title: str = "dataset"
@@ -32,6 +34,7 @@ class Card:
     inputs: Mapping[str, str] = field(default_factory=dict)
     licenses: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
 def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mapping[str, Counter[str]], rows: int) -> str:
@@ -58,6 +61,10 @@ def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mappin
         page += [card.notes, ""]
     page += ["The single Hub split holds all rows; the column `split` says what may be trained on.", ""]
     page += _origins(card)
+    for title, key, heads in (("Yield", "yield", "step | count"), ("Lost", "lost", "why | count")):
+        if figures := card.summary.get(key):
+            page += ["", f"## {title}", "", f"| {heads} |", "|---|---|"]
+            page += [f"| {_cell(str(name))} | {number} |" for name, number in figures.items()]
     for name, counter in counts.items():
         page += ["", f"## Rows by {name}", "", f"| {name} | rows |", "|---|---|"]
         page += [f"| {_cell(value)} | {number} |" for value, number in sorted(counter.items())]

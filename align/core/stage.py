@@ -79,7 +79,8 @@ class Tools:
 
     Attributes:
         seed: this step's own seed (from the recipe's seed and the step's name).
-        engines: engine by role, each behind the step's completion cache; built at first use.
+        engines: engine by role, each behind the step's completion cache; built at first use. Where a role was given a
+            list, they are under `role`, `role-2`, `role-3`, ...
         progress: see `Progress`.
         work: a folder that survives a kill of this step and is removed when it is done (checkpoints).
         out: the step's own folder; a model goes to `out / "model"`, curves to `out / "metrics.jsonl"`.
@@ -92,6 +93,21 @@ class Tools:
     work: Path
     out: Path
     speed: Mapping[str, Any] = field(default_factory=dict)
+
+    def all_of(self, role: str) -> list[Engine]:
+        """The engines of a role that may have several (`Stage.several`), in the order in which they were given."""
+        return [self.engines[key] for key in self.engines if role_of(key) == role]
+
+
+def numbered(role: str, number: int) -> str:
+    """The key of a role's engine: `sampler` for the first (number 1), `sampler-2` for the second."""
+    return role if number == 1 else f"{role}-{number}"
+
+
+def role_of(key: str) -> str:
+    """The role of an engine's key; see `numbered`."""
+    name, _, number = key.rpartition("-")
+    return name if name and number.isdigit() else key
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,7 @@ class Stage:
             It never reads the environment or the command line, and writes only below `tools.out` and `tools.work`.
         engines: the roles it samples from, with a line of help each.
         optional_engines: those of the roles that it runs without; the others are required.
+        several: those of the roles that may also be a list of engines; see `Tools.all_of`.
         reads: settings that name files or datasets; their content is part of the step's fingerprint.
         adds: columns that it adds to those that come in or that the kind has.
         version: raised when the same settings would now give other rows.
@@ -139,6 +156,7 @@ class Stage:
     run: Callable[[Any, Mapping[str, Table | ModelRef], Tools], Result]
     engines: Mapping[str, str] = field(default_factory=dict)
     optional_engines: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     version: int = 1

@@ -18,7 +18,8 @@ from align.core.fingerprint import content_fingerprint
 from align.core.records import Kind, Row
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "base"
-"""The checkpoint that the package carries, named by the model id `tiny`."""
+SHIPPED = {"tiny": TINY, "tiny-writer": TINY.with_name("writer_model")}
+"""The checkpoints that the package carries, by the names that stand for them; see docs/tiny_world.md."""
 
 _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
@@ -49,8 +50,8 @@ class ModelRef:
         """Finds a model and checks what can be seen of it without loading it.
 
         Args:
-            spec: a model's folder or a step's folder, `tiny` (the checkpoint of the package), or a Hub id, with
-                `@revision` to pin it. A LoRA adapter's folder is a model.
+            spec: a model's folder or a step's folder, the name of a checkpoint of the package (`SHIPPED`), or a Hub id,
+                with `@revision` to pin it. A LoRA adapter's folder is a model.
             kind: what it is wanted as.
             name: how people know it; else the folder's name (the step's name for a step's `model` folder) or the id.
 
@@ -58,17 +59,17 @@ class ModelRef:
             ModelError: there is no such model, it is of the other kind, or files are missing or broken.
         """
         text = str(spec)
-        folder = TINY if text == "tiny" else Path(text).expanduser()
+        folder = SHIPPED.get(text) or Path(text).expanduser()
         if folder.is_dir():
             folder = folder / "model" if (folder / "model").is_dir() and not _is_model(folder) else folder
             found = _kind_of_folder(folder)
             if found is not kind:
                 raise ModelError(f"{text}: is a {_SPOKEN[found]}, a {_SPOKEN[kind]} was expected")
-            default = text if text == "tiny" else folder.parent.name if folder.name == "model" else folder.name
+            default = text if text in SHIPPED else folder.parent.name if folder.name == "model" else folder.name
             return ModelRef(str(folder), kind, name or default, content_fingerprint(folder, *_base_of(folder)))
-        if text == "tiny":
+        if text in SHIPPED:
             raise ModelError(
-                f"tiny: the checkpoint that the package carries is missing from {TINY}; reinstall the package"
+                f"{text}: the checkpoint that the package carries is missing from {folder}; reinstall the package"
             )
         if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
             raise ModelError(f"{text}: no such model folder, and it is no Hub id (owner/name, or owner/name@revision)")

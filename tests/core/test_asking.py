@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from align.core.asking import MalformedError, Question, ask, ask_each, fill, load_template
+from align.core.asking import MalformedError, Question, ask, ask_each, fill, load_template, load_templates
 from align.core.engines.base import Completion, Prompt, SamplingParams
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
@@ -52,6 +52,24 @@ def test_a_template_is_a_text_a_file_or_a_shipped_name(tmp_path: Path) -> None:
     assert load_template("Tags of {instruction}:", tmp_path, ["instruction"]) == "Tags of {instruction}:"
     assert load_template(str(tmp_path / "mine.txt"), Path("nowhere"), ["instruction"]) == "File: {instruction}"
     assert load_template("mine", tmp_path, ["instruction"]) == "File: {instruction}"
+
+
+def test_a_set_of_templates_is_shipped_or_a_folder_that_lacks_what_it_takes_from_the_default(tmp_path: Path) -> None:
+    shipped, mine = tmp_path / "shipped", tmp_path / "mine"
+    for folder, texts in ((shipped, {"a": "A {x}", "b": "B {y}"}), (shipped / "tiny", {"a": "a {x}"}), (mine, {})):
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / f"{name}.txt").write_text(text)
+    needs = {"a": ["x"], "b": ["y"]}
+    assert load_templates("default", shipped, needs) == {"a": "A {x}", "b": "B {y}"}
+    assert load_templates("tiny", shipped, needs) == {"a": "a {x}", "b": "B {y}"}
+    (mine / "b.txt").write_text("my {y}")
+    assert load_templates(str(mine), shipped, needs) == {"a": "A {x}", "b": "my {y}"}
+    (mine / "c.txt").write_text("")
+    with pytest.raises(DataError, match=r"c\.txt: no template of this stage \(a\.txt, b\.txt\)"):
+        load_templates(str(mine), shipped, needs)
+    with pytest.raises(DataError, match=r"no shipped set \(default, tiny\); a folder holds a\.txt, b\.txt"):
+        load_templates("tinny", shipped, needs)
 
 
 def test_a_template_that_is_nowhere_or_lacks_a_placeholder_is_an_error(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path):
 def test_the_card_says_what_made_the_rows_from_what_how_many_and_under_which_licences(tmp_path: Path):
     card = Card(
         title="Sampled", stage="reject 1", settings={"n": 4, "path": Path("a/b")}, inputs={"prompts": "step prompts"},
-        licenses={"gsm8k": "mit", "mine": "cc-by-4.0"},
+        licenses={"gsm8k": "mit", "mine": "cc-by-4.0"}, summary={"yield": {"read": 4, "kept": 3}, "lost": {"same": 1}},
     )  # fmt: skip
     rows = [a_prompt(0, source="gsm8k"), a_prompt(1, source="mine|x"), a_prompt(2, source="gsm8k", split="test")]
     write_rows(tmp_path / "d", [row | {"split": row["split"]} for row in rows], Kind.PROMPTS, card)
@@ -221,6 +221,8 @@ def test_the_card_says_what_made_the_rows_from_what_how_many_and_under_which_lic
     assert "3 rows, made by the stage `reject 1`" in text
     assert "- prompts: step prompts" in text
     assert "| gsm8k | 2 |" in text
+    assert "## Yield\n\n| step | count |\n|---|---|\n| read | 4 |\n| kept | 3 |\n" in text
+    assert "## Lost\n\n| why | count |\n|---|---|\n| same | 1 |\n" in text
     assert "| mine\\|x | 1 |" in text
     assert "| train | 2 |" in text
     assert "n: 4\npath: a/b" in text

@@ -46,6 +46,8 @@ def test_every_completion_is_given_with_its_verdict_and_distinct_right_paths_are
     assert bench.summary == {
         "prompts": 1, "samples": 6, "passed": 4, "passed_share": {"math": 0.6667}, "solved_prompts": 1, "kept": 2,
         "kept_per_prompt": 2.0, "truncated": 1, "errors": 1, "skipped": {},
+        "yield": {"prompts": 1, "sampled": 6, "passed": 4, "kept": 2},
+        "lost": {"right, but not kept": 1, "wrong": 1, "not sampled": 1, "right, but cut off at max_tokens": 1},
     }  # fmt: skip
 
 
