@@ -33,7 +33,7 @@ def test_meaning_joins_through_a_chain_of_neighbours(monkeypatch: pytest.MonkeyP
     """Unit vectors at 0°, 15°, 30°, 90°: cos 15° = 0.966 is within 0.05, cos 30° = 0.866 is not; 15° leads to 30°."""
     angles = {"a": 0.0, "b": 15.0, "c": 30.0, "d": 90.0}
     vectors = np.array([[np.cos(np.radians(x)), np.sin(np.radians(x))] for x in angles.values()], dtype=np.float32)
-    monkeypatch.setattr("data_synthesis.tag_merging._vectors", lambda tags, embedding: vectors)
+    monkeypatch.setattr("data_synthesis.tag_merging.vectors_of", lambda tags, embedding: vectors)
     assert by_meaning({"a": 1, "b": 1, "c": 5, "d": 1}, "model", 0.05) == {"a": "c", "b": "c", "c": "c", "d": "d"}
 
 
@@ -43,7 +43,7 @@ def test_clusters_are_those_of_dbscan_with_two_points_to_a_cluster(monkeypatch: 
     rng = np.random.default_rng(3)
     vectors = rng.normal(size=(40, 6))[rng.integers(0, 40, 3000)] + 0.22 * rng.normal(size=(3000, 6))  # more than BLOCK
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    monkeypatch.setattr("data_synthesis.tag_merging._vectors", lambda tags, embedding: vectors)
+    monkeypatch.setattr("data_synthesis.tag_merging.vectors_of", lambda tags, embedding: vectors)
     tags = [f"{number:04d}" for number in range(3000)]
     found = by_meaning(dict.fromkeys(tags, 1), "model", 0.005)
     labels = DBSCAN(eps=0.005, min_samples=2, metric="cosine").fit_predict(vectors)
