@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from align.core.errors import DataError
 from align.core.text import normalise
+from data_synthesis.neighbours import clusters
 from data_synthesis.stemming import stem
 
 Association = Literal["one_way", "mutual", "off"]
 
-BLOCK = 1024
-"""Tags compared with all others at a time: a block of similarities is BLOCK x tags floats."""
+MARKS = "+#"
+"""Kept where they follow a letter: C, C++ and C# are three."""
 
 
 def by_rules(counts: Mapping[str, int]) -> dict[str, str | None]:
@@ -27,36 +30,46 @@ def by_rules(counts: Mapping[str, int]) -> dict[str, str | None]:
     forms: dict[str, Counter[str]] = defaultdict(Counter)
     keys: dict[str, str] = {}
     for tag, count in counts.items():
-        cleaned = re.findall(r"[^\W_]+", normalise(tag))
-        keys[tag] = " ".join(stem(word) for word in cleaned)
+        cleaned = cleaned_words(tag)
+        keys[tag] = " ".join(map(_stem, cleaned))
         forms[keys[tag]][" ".join(cleaned)] += count
     names = {key: min(found, key=lambda form: (-found[form], form)) for key, found in forms.items()}
     return {tag: names[key] or None for tag, key in keys.items()}
 
 
+def key_of(tag: str) -> str:
+    """What is the same for all spellings of a tag: its words, stemmed."""
+    return " ".join(map(_stem, cleaned_words(tag)))
+
+
+def cleaned_words(tag: str) -> list[str]:
+    """The words of the normalised tag: letters and digits of any script with the marks on them, and see `MARKS`."""
+    return "".join(_marked(normalise(tag))).split()
+
+
+def _marked(text: str) -> Iterator[str]:
+    """The characters, with a space for each one that is no part of a word."""
+    if text.isascii() and text.replace(" ", "").isalnum():
+        yield from text
+        return
+    before = " "
+    for sign in text:
+        is_part = sign.isalnum() or unicodedata.category(sign)[0] == "M" or (sign in MARKS and before != " ")
+        before = sign if is_part else " "
+        yield before
+
+
+_stem = lru_cache(maxsize=1 << 17)(stem)
+
+
 def by_meaning(counts: Mapping[str, int], embedding: str | None, max_distance: float) -> dict[str, str | None]:
     """Tags that near neighbours join, directly or through others; each cluster is named by its most frequent tag."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
     tags = sorted(counts)
-    vectors = vectors_of(tags, embedding)
-    left: list[Any] = []
-    right: list[Any] = []
-    for start in range(0, len(tags), BLOCK):
-        near = vectors[start : start + BLOCK] @ vectors[start:].T
-        near = near.toarray() if hasattr(near, "toarray") else near
-        rows, columns = np.nonzero(near >= 1 - max_distance - 1e-6)  # 1e-6: what float32 makes of a distance of 0
-        left.append(rows + start)
-        right.append(columns + start)
-    edges = (np.concatenate(left), np.concatenate(right))
-    graph = coo_matrix((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(len(tags), len(tags)))
-    _, labels = connected_components(graph, directed=False)
-    clusters: dict[int, list[str]] = defaultdict(list)
-    for tag, label in zip(tags, labels, strict=True):
-        clusters[int(label)].append(tag)
+    members: dict[int, list[str]] = defaultdict(list)
+    for tag, label in zip(tags, clusters(vectors_of(tags, embedding), max_distance).tolist(), strict=True):
+        members[label].append(tag)
     return {
-        tag: min(cluster, key=lambda name: (-counts[name], name)) for cluster in clusters.values() for tag in cluster
+        tag: min(cluster, key=lambda name: (-counts[name], name)) for cluster in members.values() for tag in cluster
     }
 
 
@@ -112,22 +125,22 @@ def _one_round(
 ) -> dict[str, str]:
     """Tag to the tag it becomes, chains followed to their ends."""
     counts = np.asarray(matrix.sum(axis=0)).ravel()
+    ranks = _ranks(names)
     frequent = np.flatnonzero(counts >= min_support)
     together = matrix[:, frequent]
     pairs = (together.T @ together).tocoo()
-    best: dict[int, tuple[float, int, str, int]] = {}
-    for a, b, both in zip(frequent[pairs.row].tolist(), frequent[pairs.col].tolist(), pairs.data.tolist(), strict=True):
-        if a == b or both < min_support or (counts[b], names[a]) < (counts[a], names[b]):
-            continue  # the last: only to a tag as frequent or more; of two as frequent, to the first by name
-        confidence = both / counts[a]
-        needed = confidence if mode == "one_way" else both / counts[b]
-        if min(confidence, needed) >= min_confidence:
-            best[a] = min(best.get(a, (0.0, 0, "", -1)), (-confidence, -both, names[b], b))
+    a, b, both = frequent[pairs.row], frequent[pairs.col], pairs.data
+    # only to a tag as frequent or more; of two as frequent, to the first by name
+    upwards = (counts[b] > counts[a]) | ((counts[b] == counts[a]) & (ranks[b] < ranks[a]))
+    confidence = both / counts[a if mode == "one_way" else b]  # b is the more frequent one: its share is the smaller
+    holds = upwards & (both >= min_support) & (confidence >= min_confidence)
+    a, b, both = a[holds], b[holds], both[holds]
+    best = _firsts(a, b, np.lexsort((ranks[b], -both, -both / counts[a], a)))
     step: dict[str, str] = {}
     for a in best:
         b = a
         while b in best:
-            b = best[b][3]
+            b = best[b]
         step[names[a]] = names[b]
     return step
 
@@ -148,10 +161,23 @@ def merged(matrix: Any, names: Sequence[str], into: Mapping[str, str | None], le
 def parents_of(matrix: Any, names: Sequence[str], share: float) -> dict[str, str | None]:
     """The least general of the more frequent tags that come with at least `share` of a tag's instructions."""
     counts = np.asarray(matrix.sum(axis=0)).ravel()
+    ranks = _ranks(names)
     pairs = (matrix.T @ matrix).tocoo()
-    best: dict[int, tuple[int, str]] = {}
-    for a, b, both in zip(pairs.row.tolist(), pairs.col.tolist(), pairs.data.tolist(), strict=True):
-        if counts[b] > counts[a] and both / counts[a] >= share:
-            one = (int(counts[b]), names[b])
-            best[a] = min(best.get(a, one), one)
-    return {name: best[number][1] if number in best else None for number, name in enumerate(names)}
+    above = (counts[pairs.col] > counts[pairs.row]) & (pairs.data / counts[pairs.row] >= share)
+    a, b = pairs.row[above], pairs.col[above]
+    best = _firsts(a, b, np.lexsort((ranks[b], counts[b], a)))
+    return {name: names[best[number]] if number in best else None for number, name in enumerate(names)}
+
+
+def _ranks(names: Sequence[str]) -> NDArray[np.int64]:
+    """Each name's place in the order of the alphabet."""
+    ranks = np.empty(len(names), dtype=np.int64)
+    ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return ranks
+
+
+def _firsts(a: NDArray[Any], b: NDArray[Any], order: NDArray[np.int64]) -> dict[int, int]:
+    """For each a the b that comes first in an order that has equal a together."""
+    a, b = a[order], b[order]
+    firsts = np.flatnonzero(np.diff(a, prepend=-1))
+    return dict(zip(a[firsts].tolist(), b[firsts].tolist(), strict=True))
