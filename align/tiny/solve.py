@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -164,6 +164,10 @@ class SolveConfig(StageConfig):
     """Settings of `solve`."""
 
     answers: bool = Field(False, description="add a column `answer` with the world's own answer, as messages")
+    others: Literal["drop", "pass"] = Field(
+        "drop", description="what is done with instructions that are none of the tiny world: dropped, or passed on as "
+        "they came, for recipes that are run with other data",
+    )  # fmt: skip
 
 
 def run(config: SolveConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
@@ -180,7 +184,10 @@ def _rows(config: SolveConfig, table: Table, tools: Tools, summary: dict[str, An
     tools.progress.start(len(table), "prompts")
     for read, row in enumerate(table.rows(), start=1):
         item = solve(row["prompt"][0]["content"]) if len(row["prompt"]) == 1 else None
-        if item is None:
+        if item is None and config.others == "pass":
+            families[str(row["family"])] += 1
+            yield row
+        elif item is None:
             lost["not an instruction of the tiny world"] += 1
         elif row["split"] == "train" and item.split != "train":
             lost["an instruction that the tiny world holds out"] += 1

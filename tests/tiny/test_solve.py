@@ -91,6 +91,8 @@ def test_the_stage_gives_references_and_tells_what_it_dropped(bench: Bench) -> N
     assert bench.summary["lost"] == {
         "an instruction that the tiny world holds out": 1, "not an instruction of the tiny world": 2
     }  # fmt: skip
+    rows = bench.run(STAGE, {"others": "pass"}, prompts=[a_prompt(1, train), a_prompt(4, "Ann has pens.", task=None)])
+    assert [row["task"] for row in rows] == ["math", None] and bench.summary["lost"] == {}
     with pytest.raises(DataError, match=r"none of 1 prompts .* is an instruction of the tiny world"):
         bench.run(STAGE, {}, prompts=[a_prompt(4, "Ann has pens.")])
 
