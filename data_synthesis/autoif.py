@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from align.core.stage import StageConfig
 
@@ -44,11 +44,11 @@ class PresetConfig(StageConfig):
         return {name: value for name, value in CODE.items() if name in cls.model_fields} | given
 
 
-def _rule(text: str) -> str:
-    if not re.fullmatch(r"(above|at least) (0(\.\d+)?|1(\.0+)?)", text):
+def _rule(text: Any) -> Any:
+    if not isinstance(text, str) or not re.fullmatch(r"(above|at least) (0(\.\d+)?|1(\.0+)?)", text):
         raise ValueError(f'expected "above" or "at least" and a share from 0 to 1, such as "above 0.5"; found {text!r}')
     return text
 
 
-Rule = Annotated[str, AfterValidator(_rule)]
+Rule = Annotated[str, BeforeValidator(_rule)]
 """A share that is enough, in words: the paper says "above 0.5" where the code says "at least 0.8"."""
