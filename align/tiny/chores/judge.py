@@ -33,7 +33,7 @@ def score(rng: random.Random) -> tuple[Messages, str]:
 
 
 def compare(rng: random.Random) -> tuple[Messages, str]:
-    """A comparison: the better answer wins; of two right ones, or two of the same worth, neither does."""
+    """A comparison: each answer's score, then the winner; of two of the same score neither wins."""
     item = _item(rng)
     kind = rng.random()
     right, wrong = (item.answer, 10), _wrong(rng, item)
@@ -43,7 +43,7 @@ def compare(rng: random.Random) -> tuple[Messages, str]:
     template = load_template("tiny_judge_pair", TEMPLATES, ["instruction", "completion_a", "completion_b"])
     first, _ = pair_questions(template, {"instruction": item.instruction}, a, b, False)
     winner = "tie" if of_a == of_b else "A" if of_a > of_b else "B"
-    return cast(Messages, first.prompt), f"{_own(item)}\nWinner: {winner}"
+    return cast(Messages, first.prompt), f"{_own(item)}\nA {of_a}, B {of_b}\nWinner: {winner}"
 
 
 def _item(rng: random.Random) -> Item:
