@@ -45,7 +45,8 @@ def test_the_better_of_two_wins_wherever_it_stands(world: dict[str, Item]) -> No
         seen[winner] += 1
         if instruction in world and world[instruction].family not in ("benign",):
             right = world[instruction].answer
-            assert winner == ("tie" if (a == right) == (b == right) else "A" if a == right else "B")
+            if right in (a, b):
+                assert winner == ("tie" if a == b else "A" if a == right else "B")
     assert 0.7 < seen["A"] / seen["B"] < 1.4 and 40 < seen["tie"] < 160
 
 

@@ -1,9 +1,8 @@
 """The judge's chores: scoring an answer from 1 to 10, and saying which of two answers is better.
 
-The tiny judge says first what it would answer itself, then goes through the answer before it up to the first word that
-is another one, and then gives its verdict: so every step looks at one place only, which a model of this size can learn.
-Answers are right ones, the world's slips, and ones spoilt as samples are: cut short, a number changed, another
-instruction's.
+The tiny judge says first what it would answer itself, then its verdict: what a model of this size can't see in an
+answer it can still compare with its own. Answers are right ones, the world's slips, and ones spoilt as samples are:
+cut short, a number changed, another instruction's.
 """
 
 from __future__ import annotations
@@ -25,28 +24,26 @@ _OWN = {"benign": "Help politely.", "harmful": "Refuse politely."}
 
 
 def score(rng: random.Random) -> tuple[Messages, str]:
-    """A score: 10 for a right answer, 2 for a wrong one."""
+    """A score: 10 for a right answer, 2 for a wrong one, 1 for one that has nothing to do with the task."""
     item = _item(rng)
-    answer = item.answer if rng.random() < 0.5 else _wrong(rng, item)
+    answer, worth = (item.answer, 10) if rng.random() < 0.5 else _wrong(rng, item)
     template = load_template("tiny_judge", TEMPLATES, ["instruction", "completion"])
     question = score_question(template, {"instruction": item.instruction, "completion": answer}, SCALE, False)
-    worth = 10 if answer == item.answer else 2
-    return cast(Messages, question.prompt), f"{_own(item)}\n{_gone_through(item, answer)}\nScore: {worth}"
+    return cast(Messages, question.prompt), f"{_own(item)}\nScore: {worth}"
 
 
 def compare(rng: random.Random) -> tuple[Messages, str]:
-    """A comparison: the right answer wins; of two right ones, or two wrong ones, neither does."""
+    """A comparison: the better answer wins; of two right ones, or two of the same worth, neither does."""
     item = _item(rng)
     kind = rng.random()
-    right, wrong = item.answer, _wrong(rng, item)
+    right, wrong = (item.answer, 10), _wrong(rng, item)
     both = [right, wrong] if kind < 0.8 else [right, right] if kind < 0.9 else [wrong, _wrong(rng, item)]
     rng.shuffle(both)
+    (a, of_a), (b, of_b) = both
     template = load_template("tiny_judge_pair", TEMPLATES, ["instruction", "completion_a", "completion_b"])
-    first, _ = pair_questions(template, {"instruction": item.instruction}, both[0], both[1], False)
-    of_a, of_b = (answer == right for answer in both)
-    winner = "tie" if of_a == of_b else "A" if of_a else "B"
-    said = [f"{letter}: {_gone_through(item, answer)}" for letter, answer in zip("AB", both, strict=True)]
-    return cast(Messages, first.prompt), "\n".join([_own(item), *said, f"Winner: {winner}"])
+    first, _ = pair_questions(template, {"instruction": item.instruction}, a, b, False)
+    winner = "tie" if of_a == of_b else "A" if of_a > of_b else "B"
+    return cast(Messages, first.prompt), f"{_own(item)}\nWinner: {winner}"
 
 
 def _item(rng: random.Random) -> Item:
@@ -62,31 +59,14 @@ def _own(item: Item) -> str:
     return _OWN.get(item.family, item.answer)
 
 
-def _gone_through(item: Item, answer: str) -> str:
-    """The words of an answer up to the first that is not the right one's, and whether there was one.
-
-    Of a calculation and a program only the last line; of advice the first words.
-    """
-    if item.family in _OWN:
-        return f"{' '.join(answer.split()[:2])} {'yes' if answer == item.answer else 'no'}"
-    lines = (item.answer, answer)
-    if item.family in ("math", "code"):
-        lines = (item.answer.splitlines()[-1], (answer.splitlines() or [""])[-1])
-    right, said = (line.split() for line in lines)
-    same = next((n for n, pair in enumerate(zip(right, said, strict=False)) if pair[0] != pair[1]), None)
-    if same is None:
-        same = min(len(right), len(said))
-        return f"{' '.join(said[: same + 1])} {'yes' if answer == item.answer else 'no'}"
-    return f"{' '.join(said[: same + 1])} no"
-
-
-def _wrong(rng: random.Random, item: Item) -> str:
-    """A wrong answer."""
+def _wrong(rng: random.Random, item: Item) -> tuple[str, int]:
+    """A wrong answer and its score."""
     kind = rng.random()
     spoilt = item.answer
     if kind < 0.1:
         other = _item(rng)
-        spoilt = other.answer if other.family != item.family else spoilt
+        if other.family != item.family:
+            return other.answer, 1
     elif kind < 0.2:
         spoilt = item.answer[: rng.randint(1, max(1, len(item.answer) // 2))]
     elif kind < 0.5 and item.family in ("math", "code"):
@@ -97,7 +77,7 @@ def _wrong(rng: random.Random, item: Item) -> str:
             spoilt = item.answer[: at.start()] + changed + item.answer[at.end() :]
     if spoilt == item.answer:
         spoilt = rng.choice(item.slips) if item.slips else "What?"
-    return spoilt
+    return spoilt, 2
 
 
 CHORES: dict[str, Callable[[random.Random], tuple[Messages, str]]] = {"score": score, "compare": compare}
