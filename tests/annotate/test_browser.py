@@ -33,8 +33,9 @@ class Serving:
     """`align rank --serve` as a process of its own."""
 
     def __init__(self, table: Path, out: Path) -> None:
+        keys = [f"completions={table}", f"out={out}", "annotator=ann"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "align.cli", "rank", "--serve", f"completions={table}", f"out={out}", "annotator=ann"],
+            [sys.executable, "-m", "align.cli", "rank", "--serve", *keys],
             stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         self.said: list[str] = []

@@ -71,9 +71,9 @@ def test_an_argilla_ranking_comes_back_the_same(folder: Path) -> None:
 def test_argilla_rankings_hold_no_ties_and_one_number_of_answers_and_that_is_told(folder: Path) -> None:
     write(folder / "a.jsonl", ranked(0, "ann", 1, 1, 2, 3))
     out = [f"out={folder / 'out.json'}", f"annotations=[{folder / 'a.jsonl'}]"]
-    with pytest.raises(DataError, match="prompts with 2, 3, 4, 8 completions.*question=rating"):
+    with pytest.raises(DataError, match=r"prompts with 2, 3, 4, 8 completions.*question=rating"):
         command(folder, "--export", "argilla", *out)
-    with pytest.raises(DataError, match="ann gave completions of the prompt p0 one rank.*question=rating"):
+    with pytest.raises(DataError, match=r"ann gave completions of the prompt p0 one rank.*question=rating"):
         command(folder, "--export", "argilla", *out, "prompts=1")
     assert not (folder / "out.json").exists()
 
@@ -86,7 +86,8 @@ def records_of_argilla(value: Any, **more: Any) -> list[dict[str, Any]]:
     return [
         {
             "id": "p1", "fields": fields, "metadata": {}, "suggestions": {"ranking": {"value": [], "score": None,
-            "agent": "m"}}, "responses": {"ranking": [response]}, "vectors": {}, "_server_id": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
+            "agent": "m"}}, "responses": {"ranking": [response]}, "vectors": {},
+            "_server_id": "1b4e28ba-2fa1-11d2-883f-0016d3cca427",
         }
     ]  # fmt: skip
 
@@ -124,7 +125,8 @@ def tasks_of_label_studio(value: Any, **more: Any) -> list[dict[str, Any]]:
     result = {"value": {"ranker": value}, "id": "PpwBv_NMxd", "from_name": "rank", "to_name": "completions",
               "type": "ranker", "origin": "manual"}  # fmt: skip
     annotation = {"id": 1001, "completed_by": 10, "result": [result], "was_cancelled": False, "ground_truth": False,
-                  "created_at": "2021-03-09T22:16:08.728353Z", "lead_time": 4.288, "result_count": 1, "task": 1, **more}  # fmt: skip
+                  "created_at": "2021-03-09T22:16:08.728353Z", "lead_time": 4.288, "result_count": 1, "task": 1,
+                  **more}  # fmt: skip
     return [{"id": 1, "project": 83, "data": {"prompt_id": "p1", "prompt": "Name a colour."},
              "annotations": [annotation], "predictions": []}]  # fmt: skip
 

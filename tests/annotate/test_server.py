@@ -32,7 +32,7 @@ def server(tmp_path: Path) -> Iterator[PageServer]:
 
 
 def ask(
-    server: PageServer, path: str, sent: Any = None, token: bool = True, **headers: str
+    server: PageServer, path: str, sent: Any = None, token: bool = True, **headers: Any
 ) -> tuple[int, dict[str, str], bytes]:
     connection = HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     given = {"X-Align-Token": server.token} if token else {}
