@@ -15,17 +15,9 @@ from align.core.records import Row, message_text
 from align.core.sandbox import Slot
 from data_synthesis.code_agreement import UNDECIDED, Agreement, AgreementConfig, agree
 from data_synthesis.pooling import BLOCK, Pool
+from data_synthesis.programs import entry_point, given_code, program_key, reads_input
 from data_synthesis.sampling import answered, last_user_text
-from data_synthesis.written_tests import (
-    Task,
-    TestWriter,
-    Written,
-    WrittenTestsConfig,
-    entry_point,
-    given_code,
-    program_key,
-    reads_input,
-)
+from data_synthesis.written_tests import Task, TestWriter, Written, WrittenTestsConfig
 from reward.code_asserts import tested_name
 from reward.code_matrix import Passed, passed_asserts, written_outputs
 from reward.code_programs import normal_output

@@ -26,8 +26,9 @@ from data_synthesis.agreed_programs import STEPS as AGREED_STEPS
 from data_synthesis.agreed_programs import AgreedConfig, AgreedPrograms
 from data_synthesis.distinct import most_distinct
 from data_synthesis.pooling import Pool
+from data_synthesis.programs import program_key
 from data_synthesis.sampling import ErrorBudget, PooledConfig, Tally, wanted, yielded
-from data_synthesis.written_tests import TestWriter, program_key
+from data_synthesis.written_tests import TestWriter
 from reward.code_tests import extract_code
 from reward.verifiers import Verifiers
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,7 @@ from align.core.asking import MalformedError, Question, ask_each, load_templates
 from align.core.engines.base import Engine, SamplingParams
 from align.core.records import Row
 from align.core.stage import StageConfig
+from data_synthesis.programs import parsed
 from reward.code_tests import extract_code
 from reward.judge import filled
 
@@ -131,7 +131,7 @@ def read_asserts(said: str, name: str) -> list[str]:
     """
     found: list[str] = []
     for source in _assertions(extract_code(said)):
-        statement = ast.parse(source).body[0]
+        statement = parsed(source)[0]
         called = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
         if isinstance(statement, ast.Assert) and name in called:
             found.append(ast.unparse(ast.Assert(statement.test)))
@@ -148,18 +148,11 @@ def _assertions(text: str) -> Iterator[str]:
         if lines[start].lstrip().startswith("assert "):
             for end in range(start + 1, min(start + 20, len(lines)) + 1):  # an assertion may go over several lines
                 source = "\n".join([lines[start].lstrip(), *lines[start + 1 : end]])
-                if _compiles(source):
+                if len(parsed(source)) == 1:
                     yield source
                     start = end - 1
                     break
         start += 1
-
-
-def _compiles(source: str) -> bool:
-    try:
-        return len(ast.parse(source).body) == 1
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
 
 
 _CASE = {
@@ -195,74 +188,3 @@ def read_inputs(said: str, agreed: bool) -> list[tuple[str, str | None]]:
             raise MalformedError(f"a case without {' and '.join(keys)} as texts")
         tests.append((case["stdin"], None if agreed else case["stdout"]))
     return tests
-
-
-def entry_point(instruction: str, programs: Sequence[str]) -> str:
-    """The function that programs are tested by: the one that most of them define; empty where none does.
-
-    Of several that equally many define it is one that the instruction names, else the one defined last.
-    """
-    counts: Counter[str] = Counter()
-    last: dict[str, int] = {}
-    for program in programs:
-        names = list(dict.fromkeys(_functions(program)))
-        counts.update(names)
-        for place, name in enumerate(names):
-            last[name] = max(place, last.get(name, 0))
-    named = set(re.findall(r"\w+", instruction))
-    if counts:
-        return max(counts, key=lambda name: (counts[name], name in named, last[name]))
-    given = list(_functions(extract_code(instruction)))  # the head of a function that programs go on from
-    return given[-1] if given else ""
-
-
-def given_code(instruction: str, name: str) -> str:
-    """The code of an instruction that begins the function under test, as HumanEval's do; empty where there is none."""
-    code = extract_code(instruction, name)
-    try:
-        body = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    beginnings = ast.FunctionDef | ast.Import | ast.ImportFrom | ast.ClassDef | ast.Assign
-    if name not in _functions(code) or not all(isinstance(node, beginnings) for node in body):
-        return ""
-    return code if code.endswith("\n") else code + "\n"
-
-
-def reads_input(program: str) -> bool:
-    """Whether a program reads standard input; false for one that does not compile."""
-    try:
-        tree = ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return any(
-        (isinstance(node, ast.Name) and node.id == "input")
-        or (isinstance(node, ast.Attribute) and node.attr == "stdin")
-        for node in ast.walk(tree)
-    )
-
-
-def program_key(program: str) -> str:
-    """What two programs must differ in to be two: their syntax, without comments and docstrings."""
-    try:
-        tree = ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return " ".join(program.split())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef | ast.Module) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
-
-
-def _functions(program: str) -> Iterator[str]:
-    try:
-        body = ast.parse(program).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    yield from (node.name for node in body if isinstance(node, ast.FunctionDef))
