@@ -28,8 +28,8 @@ TWICE = "the question came before"
 
 _SCHEMA_OF_ONE = {
     "type": "object",
-    "properties": {"question": {"type": "string"}, "evidence": {"type": "string"}},
-    "required": ["question", "evidence"],
+    "properties": {"evidence": {"type": "string"}, "question": {"type": "string"}},
+    "required": ["evidence", "question"],
     "additionalProperties": False,
 }
 QUESTIONS_SCHEMA = json.dumps({"type": "array", "items": _SCHEMA_OF_ONE})
