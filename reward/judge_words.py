@@ -66,7 +66,7 @@ def read_yes_no(text: str) -> bool:
     Raises:
         MalformedError: neither yes nor no at the end, or both.
     """
-    body = _own_words(text)
+    body = own_words(text)
     bare = body.strip('*.`" ').lower()
     if bare in _YES_NO:
         return _YES_NO[bare]
