@@ -4,7 +4,7 @@ It answers the world's instructions, and does the chores of `align/tiny/chores`:
 checkers and tests, puts instructions to passages, judges. A third of what it reads are right answers to the world's
 instructions, the others are chores; only the answers count in the loss.
 
-    python -m align.tiny.writer out=FOLDER [chores=follow,evolve] [steps=9000] [seed=0]
+    python -m align.tiny.writer out=FOLDER [chores=follow,evolve] [steps=6500] [seed=0]
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def train(model: Any, tokenizer: Any, chores: Mapping[str, Chore], steps: int, s
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-def make(out: str, chores: str = "", steps: int = 9000, seed: int = 0) -> Path:
+def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0) -> Path:
     """Makes the writer and writes it to `out`, in bfloat16.
 
     Args:
@@ -148,4 +148,4 @@ def make(out: str, chores: str = "", steps: int = 9000, seed: int = 0) -> Path:
 
 if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    print(make(given["out"], given.get("chores", ""), int(given.get("steps", 9000)), int(given.get("seed", 0))))
+    print(make(given["out"], given.get("chores", ""), int(given.get("steps", 6500)), int(given.get("seed", 0))))
