@@ -60,7 +60,7 @@ class ConstraintsConfig(PresetConfig):
     shown: int | None = Field(None, ge=1, description="seeds shown in one request; all of them by default")
     answers: int = Field(1, ge=1, description="answers to each request for constraints")
     max_words: int = Field(60, ge=1, description="a longer constraint is left out; of Chinese, characters are counted")
-    verifiers: int = Field(8, ge=1, description="functions with cases asked for of each constraint, the paper's K")
+    verifiers: int = Field(8, ge=1, description="functions with cases asked for of each constraint; the sample has 8")
     min_functions: int = Field(
         1, ge=1, description="least different functions that compile, else the constraint is lost (paper: 1, code: 3)"
     )
