@@ -179,7 +179,7 @@ def validated(
         texts = [text for text, _ in candidate.cases]
         said: list[list[Outcome]] = [outcomes(slot, f, texts, MOST_TIMEOUTS) for f in candidate.functions]
         expected = [outcome for _, outcome in candidate.cases]
-        return candidate, agreement(said, expected, config.case_kept, config.function_kept)
+        return candidate, agreement(said, expected, config.case_kept, config.function_kept, config.both_outcomes)
 
     for candidate, found in sandbox.map(validate, candidates):
         candidate.cases = [candidate.cases[place] for place in found.cases]
@@ -190,10 +190,10 @@ def validated(
         losses.functions["agreed"] += len(candidate.functions)
         if not candidate.cases:
             losses.lose(candidate, "no case that enough functions agree with")
-        elif not candidate.functions:
-            losses.lose(candidate, "no function that is right on enough cases")
         elif config.both_outcomes and len({outcome for _, outcome in candidate.cases}) < 2:
             losses.lose(candidate, "its cases are all true, or all false")
+        elif not candidate.functions:
+            losses.lose(candidate, "no function that is right on enough cases")
         else:
             losses.steps["agreed"] += 1
             yield candidate

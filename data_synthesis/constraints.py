@@ -14,8 +14,8 @@ verifies completions can use it: `constrain` puts it to prompts, and `follow`, `
 `online-dpo` take those.
 
 Differs from the paper: the NLI is asked of a model, not of a classifier, and it is each function of the library that is
-asked about; `both_outcomes` refuses what only cases of one outcome bear out, for a function that always says the same
-meets those; what can't be read is asked for again; `max_functions` keeps the most accurate of the functions.
+asked about; `both_outcomes` refuses cases of one outcome and functions that say the same to all, for these tell nothing
+apart; what can't be read is asked for again; `max_functions` keeps the most accurate of the functions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ConstraintsConfig(PresetConfig):
     shown: int | None = Field(None, ge=1, description="seeds shown in one request; all of them by default")
     answers: int = Field(1, ge=1, description="answers to each request for constraints")
     max_words: int = Field(60, ge=1, description="a longer constraint is left out; of Chinese, characters are counted")
-    verifiers: int = Field(8, ge=1, description="functions with cases asked for of each constraint, the paper's K")
+    verifiers: int = Field(8, ge=1, description="functions with cases asked for of each constraint; the sample has 8")
     min_functions: int = Field(
         1, ge=1, description="least different functions that compile, else the constraint is lost (paper: 1, code: 3)"
     )
@@ -75,8 +75,8 @@ class ConstraintsConfig(PresetConfig):
         description="share of the kept cases on which a function must be right (paper: above 0.5, code: at least 0.8)",
     )
     both_outcomes: bool = Field(
-        True, description="a constraint whose kept cases are all true, or all false, is lost: a function that always "
-        "says the same would meet them [our choice; false is AutoIF's]",
+        True, description="a constraint whose kept cases are all true, or all false, is lost, and a function that says "
+        "the same to all of them is dropped [our choice; false is AutoIF's]",
     )  # fmt: skip
     max_functions: int | None = Field(
         None, ge=1, description="most functions kept of a constraint, the most accurate (paper: all, code: 3)"

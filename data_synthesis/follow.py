@@ -44,9 +44,7 @@ class FollowConfig(PresetConfig, SamplingConfig, JudgeConfig):
     judge_above: bool = Field(
         False, description="a score must be above judge_threshold (code), not only reach it (paper)"
     )
-    cpu_s: float = Field(
-        5.0, gt=0, description="CPU seconds for a function and a completion; 5 is the code's timeout"
-    )
+    cpu_s: float = Field(5.0, gt=0, description="CPU seconds for a function and a completion; 5 is the code's timeout")
 
 
 def run(config: FollowConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:

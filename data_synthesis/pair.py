@@ -165,6 +165,7 @@ _LOST = {
     "tie": "prompt whose completions are equally good",
     "below_margin": "prompt whose margins are below min_margin",
     "none_chosen": "prompt without a completion that may be chosen",
+    "none_rejected": "prompt with no completion that may be rejected",
     "one_sided": "prompt with only winners or only losers",
     "dropped_error": "completion without a verdict",
     "dropped_identical": "completion with the text of another",

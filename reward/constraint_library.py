@@ -151,7 +151,11 @@ class Agreement:
 
 
 def agreement(
-    said: Sequence[Sequence[Outcome]], expected: Sequence[bool], case_kept: str, function_kept: str
+    said: Sequence[Sequence[Outcome]],
+    expected: Sequence[bool],
+    case_kept: str,
+    function_kept: str,
+    tells_apart: bool = False,
 ) -> Agreement:
     """Cross-validation both ways: cases by the functions, then functions by the cases that are left.
 
@@ -160,6 +164,8 @@ def agreement(
         expected: by case, what it should have said.
         case_kept: share of the functions that must agree with a case, as `meets` reads it.
         function_kept: share of the kept cases on which a function must be right.
+        tells_apart: a function must also say yes to some of the kept cases and not to all: where four of five are
+            false, one that never says yes is right on 0.8 of them.
     """
     right = [[outcome is want for outcome, want in zip(row, expected, strict=True)] for row in said]
     cases = [
@@ -168,7 +174,13 @@ def agreement(
         if right and meets(sum(row[place] for row in right) / len(right), case_kept)
     ]
     accuracies = [sum(row[place] for place in cases) / len(cases) if cases else 0.0 for row in right]
-    kept = [place for place, accuracy in enumerate(accuracies) if cases and meets(accuracy, function_kept)]
+    kept = [
+        place
+        for place, accuracy in enumerate(accuracies)
+        if cases
+        and meets(accuracy, function_kept)
+        and not (tells_apart and len({said[place][case] is True for case in cases}) < 2)
+    ]
     return Agreement(cases, sorted(kept, key=lambda place: -accuracies[place]), accuracies)
 
 
