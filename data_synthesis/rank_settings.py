@@ -25,12 +25,12 @@ class RankConfig(SamplingConfig, JudgedConfig):
         "questions of n completions; or the score of each, n questions, coarser",
     )  # fmt: skip
     judge_template: str = Field(
-        "judge_rubric", description="what the judge is asked for a score: a shipped template's name, a file, or the text "
-        "itself, with {completion}, and {instruction}, {rubric}, {lowest}, {highest}, {mark} as wanted",
+        "judge_rubric", description="what the judge is asked for a score: a shipped template's name, a file, or the "
+        "text itself, with {completion}, and {instruction}, {rubric}, {lowest}, {highest}, {mark} as wanted",
     )  # fmt: skip
     compare_template: str = Field(
-        "judge_pair", description="what the judge is asked of two: the same, with {completion_a} and {completion_b}, and "
-        "{instruction}, {rubric}, {mark} as wanted",
+        "judge_pair", description="what the judge is asked of two: the same, with {completion_a} and {completion_b}, "
+        "and {instruction}, {rubric}, {mark} as wanted",
     )  # fmt: skip
     rubric: str = Field(
         "Does it do what the instruction asks: correctly above all, then completely and to the point?", min_length=1,

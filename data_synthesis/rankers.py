@@ -14,7 +14,7 @@ from align.core.asking import Question, ask_each, load_template
 from align.core.engines.base import Engine
 from align.core.errors import DataError
 from align.core.records import Message, Messages, Row
-from align.core.store import ModelRef, Table
+from align.core.store import Table
 from align.core.text import stable_hash
 from data_synthesis.sampling import ErrorBudget
 from reward.annotations import completion_id, read_all
@@ -181,15 +181,13 @@ class JudgeRanker:
 
 
 class RewardRanker:
-    """A reward model that scores each completion."""
+    """A reward model (`reward.model.RewardModel`) that scores each completion."""
 
     kind = "reward_model"
 
-    def __init__(self, ref: ModelRef, device: str) -> None:
-        from reward.model import load_reward_model  # torch is loaded for this alone
-
-        self.model = load_reward_model(ref, device)
-        self.name = f"reward model {ref.name}"
+    def __init__(self, model: Any, name: str) -> None:
+        self.model = model
+        self.name = f"reward model {name}"
         self.names = {self.name: "reward model"}
         self.scored = 0
 
@@ -198,7 +196,7 @@ class RewardRanker:
         items = [(group.prompt, completion) for group in groups for completion in group.completions]
         scores = iter(self.model.score_many(items))
         for group in groups:
-            own: list[float | None] = [next(scores) for _ in group.completions]
+            own: list[float | None] = [float(next(scores)) for _ in group.completions]
             group.scores[self.name] = own
             group.rankings[self.name] = ranking_of(own)
             self.scored += len(own)
@@ -206,7 +204,7 @@ class RewardRanker:
     def accepts(self, group: Group, place: int) -> bool:
         """Whether the model's gate believes a completion to be right."""
         value = group.scores[self.name][place]
-        return value is not None and self.model.accepts(str(group.rows[0]["family"]), value)
+        return value is not None and bool(self.model.accepts(str(group.rows[0]["family"]), value))
 
     def figures(self) -> dict[str, Any]:
         """See `Ranker`."""

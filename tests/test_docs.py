@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from align.annotate.commands import SETTINGS as annotation_commands
+from align.annotate import commands as annotation
 from align.cli import app
 from align.settings import stage_keys
 from align.shipped import shipped
@@ -57,8 +57,8 @@ def recipes() -> dict[str, Any]:
 def problems_of_stage(verb: str, words: list[str]) -> list[str]:
     stage = load(verb)
     known = {*stage_keys(stage), *ALWAYS, *(["processes"] if stage.trains else [])}
-    for option in annotation_commands.keys() & set(words) if verb == "rank" else ():
-        known = set(annotation_commands[option].model_fields)  # another command under the same verb
+    for option in annotation.SETTINGS.keys() & set(words) if verb == "rank" else ():
+        known = set(annotation.SETTINGS[option].model_fields)  # another command under the same verb
     arguments = [word for word in words if not word.startswith("-") and word not in ("…", "...")]
     if arguments and "=" not in arguments[0]:
         arguments = arguments[1:]  # FILE.yaml

@@ -11,7 +11,7 @@ import pytest
 from align.core.engines.base import Engine
 from align.core.records import Kind, Row
 from align.core.stage import Stage, Tools
-from align.core.store import ModelRef, Table
+from align.core.store import Table
 from align.core.writer import write_rows
 
 
@@ -55,13 +55,13 @@ class Bench:
         settings: Mapping[str, Any],
         engines: Mapping[str, Engine] | None = None,
         seed: int = 0,
-        **inputs: Iterable[Row] | Table | ModelRef,
+        **inputs: Iterable[Row] | Table,
     ) -> list[Row]:
-        tables: dict[str, Table | ModelRef] = {}
+        tables = {}
         for name, rows in inputs.items():
             need = stage.needs[name].kind
             kind = need[0] if isinstance(need, tuple) else need
-            tables[name] = rows if isinstance(rows, (Table, ModelRef)) else self.table(rows, kind or Kind.PROMPTS)
+            tables[name] = rows if isinstance(rows, Table) else self.table(rows, kind or Kind.PROMPTS)
         work = self.folder / "work"
         for folder in (self.out, work):
             folder.mkdir(exist_ok=True)

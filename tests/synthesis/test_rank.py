@@ -18,7 +18,11 @@ from align.core.records import Row
 from data_synthesis.demonstrate import STAGE as DEMONSTRATE
 from data_synthesis.pair import STAGE as PAIR
 from data_synthesis.rank import STAGE
+from data_synthesis.rank_settings import RankConfig
+from data_synthesis.ranked import give_ranks, pass_the_best
+from data_synthesis.rankers import Group, RewardRanker
 from reward.annotations import Annotation, completion_id
+from reward.verifiers import Verifiers
 from tests.synthesis.conftest import Bench, a_completion, a_prompt
 from tests.synthesis.kills import assert_survives_kills
 
@@ -361,27 +365,36 @@ def test_rank_killed_twice_asks_for_nothing_twice(tmp_path: Path) -> None:
     assert len(rows) == 16 and any(row["kept"] for row in rows)
 
 
-def test_a_reward_model_ranks_by_its_scores_and_its_gate_decides_whether_the_best_is_good_enough(
-    bench: Bench, tmp_path: Path
-) -> None:
-    """A random head: whatever it says, ranks follow its scores. An open gate takes every best, a closed one none."""
-    from align.core.records import Kind
-    from align.core.store import ModelRef
-    from reward.loading import template_hash
-    from reward.model import Card, Gate
-    from tests.train.tiny import make_tokenizer, save_model
+class ByLength:
+    """Scores as a reward model does; believes what has at least so many letters."""
 
-    folder = Path(save_model(tmp_path / "rm"))
-    given = completions(1, "The answer is 7.", "No", "Yes.")
-    kept = []
-    for closed in ("", "none was precise enough"):
-        gates = {"exact": Gate(None if closed else -1e9, None, 0.0, closed)}
-        Card("logprob", 1.0, gates, "x", template_hash(make_tokenizer())).write(folder)
-        ref = ModelRef.open(folder, Kind.REWARD_MODEL)
-        rows = bench.run(STAGE, {"by": "reward_model"}, completions=given, reward_model=ref)
-        order = sorted(rows, key=lambda row: -row["score"])
-        assert [row["rank"] for row in order] == [1, 2, 3]
-        assert [row["reward"] for row in order] == [1.0, 0.5, 0.0]
-        kept.append([row["kept"] for row in order])
-    assert kept == [[True, False, False], [False, False, False]]
-    assert "gate does not believe it" in order[0]["detail"]
+    def __init__(self, believes: int) -> None:
+        self.believes = believes
+
+    def score_many(self, items: list[Any]) -> list[float]:
+        return [float(len(completion[0]["content"])) for _, completion in items]
+
+    def accepts(self, family: str, score: float) -> bool:
+        return family == "exact" and score >= self.believes
+
+
+@pytest.mark.parametrize(("believes", "verdict"), [(4, "passed"), (5, "failed")])
+def test_a_reward_model_ranks_by_its_scores_and_its_gate_decides_whether_the_best_is_good_enough(
+    believes: int, verdict: str
+) -> None:
+    """Four letters are the best: 4 > 3 > 2."""
+    config = STAGE.config(by="reward_model")
+    assert isinstance(config, RankConfig)
+    group = Group.of([{**row, "finish_reason": "stop"} for row in completions(1, "two", "four", "no")])
+    ranker = RewardRanker(ByLength(believes), "rm")
+    ranker.rank([group])
+    give_ranks(group, config, [ranker])
+    with Verifiers() as verifiers:
+        pass_the_best([group], config, [ranker], verifiers)
+    assert [(row["rank"], row["reward"], row["score"]) for row in group.rows] == [
+        (2, 0.5, 3.0),
+        (1, 1.0, 4.0),
+        (3, 0.0, 2.0),
+    ]
+    assert [row["verdict"] for row in group.rows] == ["failed", verdict, "failed"]
+    assert ("gate does not believe it" in group.rows[1]["detail"]) == (verdict == "failed")
