@@ -1,11 +1,11 @@
-"""What adaptive rejection sampling saves: samples taken and distinct right paths kept, against k samples of every prompt.
+"""What adaptive rejection sampling saves: samples taken and distinct right paths kept, against k of every prompt.
 
     OMP_NUM_THREADS=1 python benchmarks/adaptive_sampling.py --save benchmarks/results/adaptive_sampling.json
 
 The policy is `tiny` after the quickstart's first SFT, one for each seed; the prompts are of the tiny world's training
-split. Both ways run the stage `reject` itself. A sample is decided by its prompt and index, so adaptive sampling takes a
-part of the very samples that the fixed way takes: they are sampled once and kept. The settings that are compared with
-the stage's own (`least_rate` 0.1, `doubt` 0.05) show what the rule's two numbers do.
+split. Both ways run the stage `reject` itself. A sample is decided by its prompt and index, so adaptive sampling takes
+a part of the very samples that the fixed way takes: they are sampled once and kept. The settings that are compared with
+the stage's own (`least_rate` 0.1) show what giving up earlier, or never, does.
 """
 
 from __future__ import annotations
@@ -76,6 +76,19 @@ def compared(fixed: dict[str, Any], adaptive: dict[str, Any]) -> dict[str, Any]:
     return {of: {"all": share(of, FAMILIES), **{f: share(of, (f,)) for f in FAMILIES}} for of in columns}
 
 
+def means(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the seeds: per cent of the samples, of the kept paths, and of the prompts with at least one."""
+    groups: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
+    for one in runs:
+        groups.setdefault((one["k"], one["keep"], one.get("least_rate", 0.1)), []).append(one["per_cent"])
+    return [
+        {"k": k, "keep": keep, "least_rate": rate}
+        | {of: round(sum(each[of]["all"] for each in its) / len(its), 1) for of in its[0]}
+        | {"least_kept": min(each["kept"]["all"] for each in its)}
+        for (k, keep, rate), its in groups.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -88,7 +101,9 @@ def main() -> None:
             folder = Path(place)
             settings = EngineSettings(kind="transformers", model=str(policy(seed, folder)))
             engine = CachedEngine(build_engine(settings, generator=f"sft-{seed}"), folder / "completions")
-            write_rows(folder / "prompts", rows(dict.fromkeys(FAMILIES, options.prompts), seed=500 + seed), Kind.PROMPTS)
+            write_rows(
+                folder / "prompts", rows(dict.fromkeys(FAMILIES, options.prompts), seed=500 + seed), Kind.PROMPTS
+            )
             table = Table.open(folder / "prompts")
             for k in (16, 32):
                 for keep in (1, 2):
@@ -100,13 +115,18 @@ def main() -> None:
                             {"seed": seed, "k": k, "keep": keep, **more, "fixed": fixed, "adaptive": adaptive,
                              "per_cent": compared(fixed, adaptive)}
                         )  # fmt: skip
-                        print(json.dumps({key: found[-1].get(key) for key in ("seed", "k", "keep", "least_rate")}
-                              | {"samples": found[-1]["per_cent"]["samples"], "kept": found[-1]["per_cent"]["kept"]}),
-                              flush=True)
+                        print(
+                            json.dumps(
+                                {key: found[-1].get(key) for key in ("seed", "k", "keep", "least_rate")}
+                                | {"samples": found[-1]["per_cent"]["samples"], "kept": found[-1]["per_cent"]["kept"]}
+                            ),
+                            flush=True,
+                        )
             engine.close()
     if options.save:
         result = {
-            "question": "samples taken and distinct right paths kept by adaptive sampling, in % of k samples of every prompt",
+            "question": "samples and distinct right paths of adaptive sampling, in % of k samples of every prompt",
+            "means": means(found),
             "runs": found,
             "machine": machine(),
             "versions": versions(),

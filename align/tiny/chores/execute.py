@@ -13,12 +13,12 @@ from align.core.records import Messages
 from align.tiny.world import MAKERS
 
 TEMPLATE = Path(__file__).parents[3] / "data_synthesis" / "templates" / "execute" / "tiny" / "asserts.txt"
-COUNT = 3
-"""Assertions of one answer."""
+COUNT = 4
+"""Assertions of one answer, about lists of one number: of more a model so small does not know the results."""
 
 
 def asserts(rng: random.Random) -> tuple[Messages, str]:
-    """A request for assertions, and right ones: short lists whose numbers lie on both sides of what is filtered by."""
+    """A request for assertions, and right ones: their numbers lie on both sides of what is filtered by."""
     while True:
         item = MAKERS["code"](rng, rng.random() < 0.3)
         if item.split == "train":
@@ -26,17 +26,12 @@ def asserts(rng: random.Random) -> tuple[Messages, str]:
     name = re.search(r"\w+(?=\(xs\))", item.answer)
     assert name is not None
     border = int(found[0]) if (found := re.search(r"\d+", item.instruction)) else 3
-    lines = []
-    for _ in range(COUNT):
-        xs = [_number(rng, border) for _ in range(rng.choice((2, 2, 3)))]
-        lines.append(f"assert {name[0]}({xs}) == {_value(item.answer, name[0], xs)}")
+    numbers = rng.sample(sorted({border - 1, border, border + 1, rng.randint(2, 9), rng.randint(-3, 0)}), COUNT - 1)
+    numbers.append(rng.randint(-3, 9))
+    lines = [f"assert {name[0]}([{x}]) == {_value(item.answer, name[0], [x])}" for x in numbers]
     template = TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
     request = fill(template, {"instruction": item.instruction, "count": str(COUNT)})
     return [{"role": "user", "content": request}], "\n".join(lines)
-
-
-def _number(rng: random.Random, border: int) -> int:
-    return border + rng.choice((-1, 0, 1)) if rng.random() < 0.5 else rng.randint(-5, 9)
 
 
 def _value(program: str, name: str, xs: list[int]) -> Any:
