@@ -42,10 +42,11 @@ from data_synthesis.characters import (
     ProfileConfig,
     pairs_of,
     read_questions,
+    usable_questions,
 )
 from data_synthesis.in_character import Checks, Dialogue, refused
 from data_synthesis.leaks import LeakConfig
-from data_synthesis.repurposed import Yield, unsampled
+from data_synthesis.repurposed import Yield, unsampled, was_whole
 from data_synthesis.sampling import ErrorBudget
 from reward.judge import TEMPLATES as JUDGES
 from reward.judge import Judge, JudgeConfig, filled
@@ -172,7 +173,7 @@ class Stagecraft:
                 for kind, number in kinds:
                     prompt = filled(self.templates[kind], values, {"count": str(number)})
                     knows, ignorant = (one, other) if kind == "known" else (other, one)
-                    read = partial(read_questions, kind=kind, most=number, knows=knows, other=ignorant)
+                    read = partial(usable_questions, kind=kind, most=number, knows=knows, other=ignorant)
                     asked.append(Question(prompt, read, schema))
                 yield (one, other), asked
 
@@ -181,27 +182,30 @@ class Stagecraft:
             for number in range(config.dialogues):
                 asked = [
                     each
-                    for (_, wanted), votes in zip(kinds, lists, strict=True)
-                    for each in self._usable(votes[number], wanted)
+                    for (kind, wanted), votes in zip(kinds, lists, strict=True)
+                    for each in self._usable(votes[number], kind, wanted, one, other)
                 ]
                 random.Random(f"{self.seed}/{one.id}/{number}").shuffle(asked)
                 for start in range(0, len(asked), config.turns):
                     yield Dialogue(one, other, asked[start : start + config.turns])
 
-    def _usable(self, answer: Answer[list[Asked | str]], wanted: int) -> list[Asked]:
+    def _usable(
+        self, answer: Answer[list[Asked | str]], kind: AskedFor, wanted: int, one: Profile, other: Profile
+    ) -> list[Asked]:
         """The questions of a list that can be asked; those that can't, and those that lack, are counted as lost."""
         each = self.config.samples
         self.counts.steps["asked"] += wanted * each
-        self.budget.count(answer.value is None, answer.problem)
-        if answer.value is None:
+        found = answer.value or _without_use(answer, kind, wanted, one, other)
+        self.budget.count(not found, answer.problem)
+        if not found:
             self.counts.lost[unsampled(answer.problem, "the list of questions")] += wanted * each
             return []
-        for problem in answer.value:
+        for problem in found:
             if isinstance(problem, str):
                 self.counts.lost[problem] += each
-        if missing := wanted - len(answer.value):
+        if missing := wanted - len(found):
             self.counts.lost["fewer questions than were asked for"] += missing * each
-        usable = [question for question in answer.value if isinstance(question, Asked)]
+        usable = [question for question in found if isinstance(question, Asked)]
         self.counts.steps["questions"] += len(usable) * each
         return usable
 
@@ -271,6 +275,17 @@ class Stagecraft:
             "raw_questions": asked.raw,
             "judgement": judgement,
         }
+
+
+def _without_use(
+    answer: Answer[list[Asked | str]], kind: AskedFor, wanted: int, one: Profile, other: Profile
+) -> list[Asked | str]:
+    """A list that can be read, though no question of it can be used; empty where it can't be read."""
+    knows, ignorant = (one, other) if kind == "known" else (other, one)
+    try:
+        return [] if not was_whole(answer) else read_questions(answer.text, kind, wanted, knows, ignorant)
+    except MalformedError:
+        return []
 
 
 def asks(config: RolePlayConfig) -> dict[str, Asks]:
