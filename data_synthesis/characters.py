@@ -227,6 +227,22 @@ def usable_questions(text: str, kind: AskedFor, most: int, knows: Profile, other
     return result
 
 
+def refused_questions(text: str, kind: AskedFor, most: int, one: Profile, other: Profile) -> list[Asked | str]:
+    """What is wrong with the questions of a list that could be read; empty where it couldn't.
+
+    Args:
+        text: the model's words.
+        kind: what was asked for.
+        most: how many were asked for.
+        one: who is asked.
+        other: the contrasting character.
+    """
+    try:
+        return read_questions(text, kind, most, *((one, other) if kind == "known" else (other, one)))
+    except MalformedError:
+        return []
+
+
 def gives_away(answer: str, asked: Asked, facts: str, config: LeakConfig) -> str | None:
     """What an answer shows of evidence that the character can't know; None where it shows nothing.
 

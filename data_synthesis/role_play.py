@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from align.core.asking import Answer, Question, ask_each, fill, load_template, load_templates
+from align.core.asking import Answer, Question, ask_each, load_template, load_templates
 from align.core.engines.base import Completion, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError
@@ -41,7 +41,7 @@ from data_synthesis.characters import (
     Profile,
     ProfileConfig,
     pairs_of,
-    read_questions,
+    refused_questions,
     usable_questions,
 )
 from data_synthesis.in_character import Checks, Dialogue, refused
@@ -195,7 +195,7 @@ class Stagecraft:
         """The questions of a list that can be asked; those that can't, and those that lack, are counted as lost."""
         each = self.config.samples
         self.counts.steps["asked"] += wanted * each
-        found = answer.value or _without_use(answer, kind, wanted, one, other)
+        found = answer.value or (refused_questions(answer.text, kind, wanted, one, other) if was_whole(answer) else [])
         self.budget.count(not found, answer.problem)
         if not found:
             self.counts.lost[unsampled(answer.problem, "the list of questions")] += wanted * each
@@ -233,20 +233,13 @@ class Stagecraft:
             prompt = filled(self.templates["answer"], {**values, "evidence": asked.evidence})
         else:
             prompt = filled(self.templates["decline"], values)
-        return [*self.training_prompt(dialogue, turn)[:-1], *prompt]
-
-    def training_prompt(self, dialogue: Dialogue, turn: int) -> Messages:
-        """What is trained on: the brief profile, the dialogue so far, and the question."""
-        profile = dialogue.profile
-        system = fill(self.config.system, {"name": profile.name, "brief": profile.brief})
-        opening: Messages = [{"role": "system", "content": system}] if system else []
-        return [*opening, *dialogue.earlier, {"role": "user", "content": dialogue.questions[turn].question}]
+        return [*dialogue.prompt(turn, self.config.system)[:-1], *prompt]
 
     def _row(
         self, dialogue: Dialogue, turn: int, index: int, completion: Completion, verdict: Verdict, judgement: str | None
     ) -> Row:
         asked, profile = dialogue.questions[turn], dialogue.profile
-        prompt = self.training_prompt(dialogue, turn)
+        prompt = dialogue.prompt(turn, self.config.system)
         return {
             "prompt_id": prompt_id_of(prompt),
             "prompt": prompt,
@@ -275,17 +268,6 @@ class Stagecraft:
             "raw_questions": asked.raw,
             "judgement": judgement,
         }
-
-
-def _without_use(
-    answer: Answer[list[Asked | str]], kind: AskedFor, wanted: int, one: Profile, other: Profile
-) -> list[Asked | str]:
-    """A list that can be read, though no question of it can be used; empty where it can't be read."""
-    knows, ignorant = (one, other) if kind == "known" else (other, one)
-    try:
-        return [] if not was_whole(answer) else read_questions(answer.text, kind, wanted, knows, ignorant)
-    except MalformedError:
-        return []
 
 
 def asks(config: RolePlayConfig) -> dict[str, Asks]:
