@@ -185,7 +185,7 @@ def read_questions(text: str, kind: AskedFor, most: int, knows: Profile, other: 
         other: whose profile must not.
 
     Raises:
-        MalformedError: it is no such list, an empty one, a longer one than was asked for, or no question can be used.
+        MalformedError: it is no such list, an empty one, or a longer one than was asked for.
     """
     body = text.strip()
     if found := _FENCE.fullmatch(body):
@@ -212,9 +212,35 @@ def read_questions(text: str, kind: AskedFor, most: int, knows: Profile, other: 
         else:
             result.append(Asked(kind, question, evidence, text))
         seen.add(normalise(question))
+    return result
+
+
+def usable_questions(text: str, kind: AskedFor, most: int, knows: Profile, other: Profile) -> list[Asked | str]:
+    """The same, but a list without a question that can be used is asked for again.
+
+    Raises:
+        MalformedError: as `read_questions`, or no question can be used.
+    """
+    result = read_questions(text, kind, most, knows, other)
     if not any(isinstance(each, Asked) for each in result):
         raise MalformedError(f"no question can be used: {result[0]}")
     return result
+
+
+def refused_questions(text: str, kind: AskedFor, most: int, one: Profile, other: Profile) -> list[Asked | str]:
+    """What is wrong with the questions of a list that could be read; empty where it couldn't.
+
+    Args:
+        text: the model's words.
+        kind: what was asked for.
+        most: how many were asked for.
+        one: who is asked.
+        other: the contrasting character.
+    """
+    try:
+        return read_questions(text, kind, most, *((one, other) if kind == "known" else (other, one)))
+    except MalformedError:
+        return []
 
 
 def gives_away(answer: str, asked: Asked, facts: str, config: LeakConfig) -> str | None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from align.core.asking import NOT_SAMPLED, Question, ask_each
+from align.core.asking import NOT_SAMPLED, Question, ask_each, fill
 from align.core.engines.base import Completion
 from align.core.records import Messages, Row, Verdict
 from data_synthesis.characters import Asked, Profile, gives_away
@@ -33,6 +33,12 @@ class Dialogue:
     questions: Sequence[Asked]
     earlier: Messages = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+
+    def prompt(self, turn: int, system: str) -> Messages:
+        """What is trained on: the brief profile, the dialogue so far, and the question; no facts and no evidence."""
+        text = fill(system, {"name": self.profile.name, "brief": self.profile.brief})
+        opening: Messages = [{"role": "system", "content": text}] if text else []
+        return [*opening, *self.earlier, {"role": "user", "content": self.questions[turn].question}]
 
 
 class Checks:

@@ -98,16 +98,17 @@ def _script(text: str) -> str | None:
     return found.most_common(1)[0][0] if found else None
 
 
-def readable(answer: Answer[str], most_words: int, bare: bool = False) -> str | None:
+def readable(answer: Answer[str], most_words: int) -> str | None:
     """The instruction in an answer that was refused for what it says; None where there is none to read."""
     try:
-        return (
-            None
-            if answer.problem.startswith((NOT_SAMPLED, CUT_OFF))
-            else read_instruction(answer.text, most_words, bare)
-        )
+        return read_instruction(answer.text, most_words) if was_whole(answer) else None
     except MalformedError:
         return None
+
+
+def was_whole(answer: Answer[Any]) -> bool:
+    """Whether the last attempt was sampled at all, and to its end."""
+    return not answer.problem.startswith((NOT_SAMPLED, CUT_OFF))
 
 
 def repurposed_row(passage: Passage, instruction: str, system: str, stage: str) -> Row:

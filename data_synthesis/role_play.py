@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from align.core.asking import Answer, Question, ask_each, fill, load_template, load_templates
+from align.core.asking import Answer, Question, ask_each, load_template, load_templates
 from align.core.engines.base import Completion, SamplingParams
 from align.core.engines.cache import in_order
 from align.core.errors import DataError
@@ -41,11 +41,12 @@ from data_synthesis.characters import (
     Profile,
     ProfileConfig,
     pairs_of,
-    read_questions,
+    refused_questions,
+    usable_questions,
 )
 from data_synthesis.in_character import Checks, Dialogue, refused
 from data_synthesis.leaks import LeakConfig
-from data_synthesis.repurposed import Yield, unsampled
+from data_synthesis.repurposed import Yield, unsampled, was_whole
 from data_synthesis.sampling import ErrorBudget
 from reward.judge import TEMPLATES as JUDGES
 from reward.judge import Judge, JudgeConfig, filled
@@ -172,7 +173,7 @@ class Stagecraft:
                 for kind, number in kinds:
                     prompt = filled(self.templates[kind], values, {"count": str(number)})
                     knows, ignorant = (one, other) if kind == "known" else (other, one)
-                    read = partial(read_questions, kind=kind, most=number, knows=knows, other=ignorant)
+                    read = partial(usable_questions, kind=kind, most=number, knows=knows, other=ignorant)
                     asked.append(Question(prompt, read, schema))
                 yield (one, other), asked
 
@@ -181,27 +182,30 @@ class Stagecraft:
             for number in range(config.dialogues):
                 asked = [
                     each
-                    for (_, wanted), votes in zip(kinds, lists, strict=True)
-                    for each in self._usable(votes[number], wanted)
+                    for (kind, wanted), votes in zip(kinds, lists, strict=True)
+                    for each in self._usable(votes[number], kind, wanted, one, other)
                 ]
                 random.Random(f"{self.seed}/{one.id}/{number}").shuffle(asked)
                 for start in range(0, len(asked), config.turns):
                     yield Dialogue(one, other, asked[start : start + config.turns])
 
-    def _usable(self, answer: Answer[list[Asked | str]], wanted: int) -> list[Asked]:
+    def _usable(
+        self, answer: Answer[list[Asked | str]], kind: AskedFor, wanted: int, one: Profile, other: Profile
+    ) -> list[Asked]:
         """The questions of a list that can be asked; those that can't, and those that lack, are counted as lost."""
         each = self.config.samples
         self.counts.steps["asked"] += wanted * each
-        self.budget.count(answer.value is None, answer.problem)
-        if answer.value is None:
+        found = answer.value or (refused_questions(answer.text, kind, wanted, one, other) if was_whole(answer) else [])
+        self.budget.count(not found, answer.problem)
+        if not found:
             self.counts.lost[unsampled(answer.problem, "the list of questions")] += wanted * each
             return []
-        for problem in answer.value:
+        for problem in found:
             if isinstance(problem, str):
                 self.counts.lost[problem] += each
-        if missing := wanted - len(answer.value):
+        if missing := wanted - len(found):
             self.counts.lost["fewer questions than were asked for"] += missing * each
-        usable = [question for question in answer.value if isinstance(question, Asked)]
+        usable = [question for question in found if isinstance(question, Asked)]
         self.counts.steps["questions"] += len(usable) * each
         return usable
 
@@ -229,20 +233,13 @@ class Stagecraft:
             prompt = filled(self.templates["answer"], {**values, "evidence": asked.evidence})
         else:
             prompt = filled(self.templates["decline"], values)
-        return [*self.training_prompt(dialogue, turn)[:-1], *prompt]
-
-    def training_prompt(self, dialogue: Dialogue, turn: int) -> Messages:
-        """What is trained on: the brief profile, the dialogue so far, and the question."""
-        profile = dialogue.profile
-        system = fill(self.config.system, {"name": profile.name, "brief": profile.brief})
-        opening: Messages = [{"role": "system", "content": system}] if system else []
-        return [*opening, *dialogue.earlier, {"role": "user", "content": dialogue.questions[turn].question}]
+        return [*dialogue.prompt(turn, self.config.system)[:-1], *prompt]
 
     def _row(
         self, dialogue: Dialogue, turn: int, index: int, completion: Completion, verdict: Verdict, judgement: str | None
     ) -> Row:
         asked, profile = dialogue.questions[turn], dialogue.profile
-        prompt = self.training_prompt(dialogue, turn)
+        prompt = dialogue.prompt(turn, self.config.system)
         return {
             "prompt_id": prompt_id_of(prompt),
             "prompt": prompt,

@@ -12,7 +12,7 @@ from align.core.engines.base import Completion, Prompt
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError
 from align.core.records import Row
-from data_synthesis.characters import Asked, Profile, gives_away, read_questions
+from data_synthesis.characters import Asked, Profile, gives_away, read_questions, usable_questions
 from data_synthesis.leaks import LeakConfig
 from data_synthesis.role_play import STAGE
 from tests.synthesis.conftest import Bench, a_prompt
@@ -150,29 +150,29 @@ def test_a_dialogue_goes_on_turn_by_turn_with_the_answers_before_and_ends_where_
 
 
 def test_questions_that_can_not_be_used_are_counted_and_the_yields_add_up(bench: Bench) -> None:
-    """Known of Ada: one good, one whose evidence is invented. Unknown of Ada: unreadable. Otto's: 1 of 2, and 1."""
+    """Known of Ada: one good, one whose evidence is invented; unknown: unreadable. Otto: 1 of 2 known, none unknown."""
 
     def say(prompt: Prompt, index: int) -> str | Completion:
         kind, name = asks_for(prompt), who(prompt)
         if kind is None:
             return Completion("", (), "error", error="down") if "fear" in str(prompt) else "Hm."
         listed = [{"question": q, "evidence": e} for q, e in QUESTIONS[(name, kind)]]
-        if name == "Ada":
-            if kind == "unknown":
-                return "I can't think of any."
+        if name == "Ada" and kind == "unknown":
+            return "I can't think of any."
+        if name == "Ada" or kind == "unknown":
             listed[0]["evidence"] = "Ada is a baker."
         return json.dumps(listed[:1] if name == "Otto" else listed)
 
     settings = {**ALL, "attempts": 1, "samples": 2, "max_error_share": 0.5}
     rows = bench.run(STAGE, settings, {"writer": ScriptedEngine(say)}, profiles=profiles())
-    assert bench.summary["yield"] == {"asked": 12, "questions": 6, "answered": 4, "kept": 4}
+    assert bench.summary["yield"] == {"asked": 12, "questions": 4, "answered": 2, "kept": 2}
     assert bench.summary["lost"] == {
-        "the list of questions can't be read": 2, "the evidence doesn't stand in the profile": 2,
+        "the list of questions can't be read": 2, "the evidence doesn't stand in the profile": 4,
         "fewer questions than were asked for": 2, "not sampled": 2,
     }  # fmt: skip
-    assert sum(bench.summary["lost"].values()) == 12 - 4
+    assert sum(bench.summary["lost"].values()) == 12 - 2
     assert [row["verdict"] for row in rows if row["character"] == "Ada"] == ["error", "error"]
-    assert [row["sample_index"] for row in rows] == [0, 1] * 3
+    assert [row["sample_index"] for row in rows] == [0, 1] * 2
 
 
 def test_a_chinese_profile_is_played_in_chinese(bench: Bench) -> None:
@@ -222,8 +222,10 @@ def test_a_list_of_questions_is_read_strictly() -> None:
     assert read(f"[{good}, {good}]")[1] == "the question came before"
     shared = FACTS["Ada"] + " He sings badly."
     both = Profile("x", "x", shared, "", "train", {}, None)
-    with pytest.raises(MalformedError, match="the evidence is known to both"):
-        read_questions('[{"question": "q", "evidence": "sings badly"}]', "known", 1, both, otto)
+    text = '[{"evidence": "sings badly", "question": "q"}]'
+    assert read_questions(text, "known", 1, both, otto) == ["the evidence is known to both"]
+    with pytest.raises(MalformedError, match="no question can be used: the evidence is known to both"):
+        usable_questions(text, "known", 1, both, otto)
     empty = '[{"question": "", "evidence": "x"}]'
     for bad in ("", "[]", "{}", good, f"[{good}", f'[{good}, "more"]', '[{"question": "q"}]', empty):
         with pytest.raises(MalformedError):
