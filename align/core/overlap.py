@@ -25,7 +25,7 @@ PIECE = 1 << 17
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 2**64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
-_RUN = np.uint64(0xD6E8FEB86659FD93)
+_RUN = 0xD6E8FEB86659FD93
 _FEWEST_SLOTS, _MOST_SLOTS = 1 << 16, 1 << 25
 _LAST_CODE = 0x10FFFF
 
@@ -123,12 +123,21 @@ def mixed(hashes: U64) -> U64:
 
 
 def run_hashes(hashes: U64, n: int) -> U64:
-    """The hash of every run of `n` neighbours, (words - n + 1,); runs from one text into the next are among them."""
+    """The hash of every run of `n` neighbours, (words - n + 1,); runs from one text into the next are among them.
+
+    A polynomial of the words' hashes, which keeps their order. Runs are put together of runs of 1, 2, 4, … words.
+    """
     count = max(0, len(hashes) - n + 1)
     total = np.zeros(count, dtype=np.uint64)
-    for position in range(n):  # a polynomial keeps the order of the words
-        total *= _RUN
-        total += hashes[position : position + count]
+    power, width, place = hashes, 1, 0  # the hashes of all runs of `width` words
+    while count and place < n:
+        if n & width:
+            total *= np.uint64(pow(_RUN, width, 2**64))
+            total += power[place : place + count]
+            place += width
+        if place < n:
+            power = power[:-width] * np.uint64(pow(_RUN, width, 2**64)) + power[width:]
+            width *= 2
     return mixed(total)
 
 
@@ -232,19 +241,30 @@ class Index:
 
     def hits(self, texts: Sequence[str]) -> Hits:
         """The runs that texts share with items, in the texts' order."""
+        blocks: list[Hits] = []
+        first = size = 0
+        for number, text in enumerate(texts, start=1):
+            size += len(text)
+            if size >= PIECE or number == len(texts):  # so much at a time stays in the processor's cache
+                blocks.append(self._hits(texts[first:number], first))
+                first, size = number, 0
+        columns = zip(*((b.texts, b.places, b.items, b.item_places) for b in blocks), strict=True)
+        return Hits(*map(np.concatenate, columns)) if blocks else Hits(*([np.zeros(0, dtype=np.int64)] * 4))
+
+    def _hits(self, texts: Sequence[str], first: int) -> Hits:
+        """The same of some texts, the first of which has the number `first`."""
         hashes, bounds = word_hashes(texts)
         runs = run_hashes(hashes, self.n)
         maybe = np.flatnonzero(self._seen[(runs & self._mask).view(np.int64)])
         left = np.searchsorted(self._runs, runs[maybe], side="left")
         right = np.searchsorted(self._runs, runs[maybe], side="right")
-        maybe, left, right = maybe[right > left], left[right > left], right[right > left]
         owner = np.searchsorted(bounds, maybe, side="right") - 1
-        inside = maybe + self.n <= bounds[owner + 1]
-        maybe, left, right, owner = maybe[inside], left[inside], right[inside], owner[inside]
+        is_hit = (right > left) & (maybe + self.n <= bounds[owner + 1])
+        maybe, left, right, owner = maybe[is_hit], left[is_hit], right[is_hit], owner[is_hit]
         counts = right - left
         which = np.repeat(np.arange(len(maybe)), counts)
         at = left[which] + np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return Hits(owner[which], (maybe - bounds[owner])[which], self._owners[at], self._places[at])
+        return Hits(owner[which] + first, (maybe - bounds[owner])[which], self._owners[at], self._places[at])
 
     def overlaps(self, texts: Sequence[str], least: int, share: float) -> list[Overlap]:
         """The pairs of a text and an item whose longest common subsequence is long enough, by text, then by item.
