@@ -7,13 +7,15 @@ In order, each step on what the last one left (in brackets the paper's number of
 4. association: a tag that nearly always comes with another one becomes part of it, until no such tag is left;
 5. a person's refinements (the Qwen2 report, arXiv:2407.10671, 4.1.1): a file of merges, renamings and removals.
 
+The ontology's levels are ours: a tag's parent is the least general tag that comes with it in a share `parent_share` of
+its instructions and is more frequent (subsumption, Sanderson and Croft, SIGIR 1999). Tags without one are put under a
+few top-level tags where there are many of them (see `top_level`), so that there always are two levels at least.
+
 Differs from the paper: DBSCAN is run with two points to a cluster, which makes clusters the connected components of the
 near neighbours; rules are between two tags only, since one with several tags on its left names no tag to merge;
-without an embedding model the vectors are of character n-grams, which see spelling and not meaning. What the paper
-calls a minimum similarity of 0.05 is a *distance*: read as a similarity it merges nearly everything.
-
-The ontology's levels are ours: a tag's parent is the least general tag that comes with it in a share `parent_share` of
-its instructions and is more frequent (subsumption, Sanderson and Croft, SIGIR 1999).
+without an embedding model the vectors are of character n-grams, which see spelling and not meaning; + and # after a
+letter stay (C, C++ and C# are three tags). What the paper calls a minimum similarity of 0.05 is a *distance*: read as a
+similarity it merges nearly everything.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from pydantic import Field
 
 from align.core.errors import DataError
 from align.core.records import Kind, Row, Split
-from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.stage import Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
-from data_synthesis.refinements import Refinements, read_refinements, write_ontology
+from data_synthesis.refinements import Applied, Refinements, read_refinements, with_parents, write_ontology
 from data_synthesis.sampling import last_user_text
 from data_synthesis.tag_merging import Association, by_association, by_meaning, by_rules, merged, parents_of
+from data_synthesis.top_level import TopLevelConfig, grouped, root_of
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 200
+TOLD = 20
+"""Edits that could not be applied that are told one by one."""
 
 
-class OntologyConfig(StageConfig):
+class OntologyConfig(TopLevelConfig):
     """Settings of `ontology`."""
 
     min_count: int = Field(20, ge=1, description="raw tags on fewer instructions are dropped; 20 is InsTag's alpha")
@@ -67,13 +72,16 @@ class OntologyConfig(StageConfig):
         description="share of a tag's instructions that its parent has too; 0.8 is Sanderson and Croft's",
     )
     refinements: str | None = Field(
-        None, description="YAML file of a person's edits (merge, rename, drop, parent); ontology.yaml says how"
+        None, description="YAML file of a person's edits (merge, rename, drop, parent, top); ontology.yaml says how"
+    )
+    strict_refinements: bool = Field(
+        False, description="refuse edits of tags that this run doesn't have; else they are told, counted and left out"
     )
     splits: list[Split] = Field(["train"], min_length=1, description="instructions of these splits are counted")
 
 
 def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
-    """Gives the atomic tags by frequency, and writes `ontology.yaml` in the step's folder for a person to edit."""
+    """Gives the tags by frequency, and writes `ontology.yaml` in the step's folder for a person to edit."""
     table = inputs["prompts"]
     assert isinstance(table, Table)
     edits = read_refinements(Path(config.refinements)) if config.refinements else Refinements()
@@ -93,7 +101,9 @@ def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: T
     sizes = {"raw": len(raw), "frequency": len(into)}
     tools.progress.say(f"{len(raw)} raw tags, {len(into)} on {config.min_count} instructions or more")
 
+    signs = len(into)
     into = _then(into, by_rules(_counts(into, raw)))
+    signs -= len(into)
     sizes["rules"] = len(set(into.values()))
     if not into:
         raise DataError(f"ontology: the tags of {table.name} have no letters or digits; look at its column `raw_tags`")
@@ -105,28 +115,58 @@ def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: T
     associated, rules = by_association(matrix, names, config.association, config.min_support, config.min_confidence)
     into = _then(into, associated)
     sizes["association"] = len(set(into.values()))
-    last_steps = _then(associated, edits.renaming(sorted(set(into.values())), where))
+
+    refined = edits.apply(sorted(set(into.values())), where, into)
+    _tell(refined, config.strict_refinements, tools)
+    last_steps = _then(associated, refined.into)
     into = _then(into, last_steps)
     final = sorted(set(into.values()))
     sizes["refined"] = len(final)
 
     matrix = merged(matrix, names, last_steps, final)
-    parents = edits.parents(parents_of(matrix, final, config.parent_share), where)
+    parents = with_parents(refined, parents_of(matrix, final, config.parent_share), where)
     texts: dict[str, list[str]] = {tag: [] for tag in final}
     for name, tag in last_steps.items():
         texts[tag] += examples[name]
-    rows = _ontology_rows(into, raw, matrix, parents, texts)
+    parents, ungrouped = grouped(config, matrix, final, parents, refined, texts, tools)
+    rows = _ontology_rows(into, raw, matrix, final, parents, texts)
     write_ontology(tools.out / "ontology.yaml", edits, rows)
+    dropped = sum(name is None for name in refined.into.values())
     summary = {
         "tags": sizes,
+        "yield": sizes,
+        "lost": {
+            f"on fewer than {config.min_count} instructions": sizes["raw"] - sizes["frequency"],
+            "no letter or digit": signs,
+            "another spelling of a tag": sizes["frequency"] - signs - sizes["rules"],
+            "within max_distance of a tag": sizes["rules"] - sizes["semantics"],
+            "nearly always with another tag": sizes["semantics"] - sizes["association"],
+            "merged by a person": sizes["association"] - dropped - sizes["refined"],
+            "dropped by a person": dropped,
+        },
         "association_rules": rules,
+        "edits": {"applied": refined.edits, "left_out": len(refined.problems)},
         "instructions": int(matrix.shape[0]),
         "tagged_instructions": int((matrix.getnnz(axis=1) > 0).sum()),
-        "levels": max((_depth(tag, parents) for tag in final), default=0),
+        "levels": max((_depth(tag, parents) for tag in parents), default=0),
+        "top_level": {row["tag"]: row["count"] for row in rows if row["parent"] is None},
         "vectors": config.embedding or "character n-grams (weaker: they see spelling, not meaning)",
-        "top_tags": {row["tag"]: row["count"] for row in rows[:30]},
+        "top_tags": {row["tag"]: row["count"] for row in rows if row["members"]},
     }
+    if "namer" in tools.engines:
+        summary["ungrouped"] = ungrouped
+    summary["top_tags"] = dict(list(summary["top_tags"].items())[:30])
     return Result(iter(rows), summary)
+
+
+def _tell(refined: Applied, strict: bool, tools: Tools) -> None:
+    """Says which edits could not be applied; they are an error where that is asked for."""
+    if strict and refined.problems:
+        raise DataError("\n".join(refined.problems))
+    for line in refined.problems[:TOLD]:
+        tools.progress.say(line)
+    if len(refined.problems) > TOLD:
+        tools.progress.say(f"{len(refined.problems) - TOLD} edits more are of tags that this run doesn't have")
 
 
 def _incidence(
@@ -153,19 +193,27 @@ def _ontology_rows(
     into: Mapping[str, str],
     raw: Mapping[str, int],
     matrix: Any,
+    names: Sequence[str],
     parents: Mapping[str, str | None],
     examples: Mapping[str, list[str]],
 ) -> list[Row]:
-    counts = np.asarray(matrix.sum(axis=0)).ravel()
+    """The tags by frequency; a group that is no tag itself has no members, and the count of what lies under it."""
     members: dict[str, list[str]] = defaultdict(list)
     for tag in sorted(into, key=lambda tag: (-raw[tag], tag)):
         members[into[tag]].append(tag)
-    rows: list[Row] = []
-    for name, count in zip(sorted(examples), counts.tolist(), strict=True):
-        rows.append({
-            "tag": name, "count": count, "members": members[name], "parent": parents[name],
-            "examples": list(dict.fromkeys(examples[name]))[:EXAMPLES],
-        })  # fmt: skip
+    counts = dict(zip(names, np.asarray(matrix.sum(axis=0)).ravel().tolist(), strict=True))
+    groups = sorted(set(parents) - set(names))
+    if groups:
+        below = {name: group if (group := root_of(name, parents)) in groups else None for name in names}
+        under = np.asarray(merged(matrix, names, below, groups).sum(axis=0)).ravel()
+        counts.update(zip(groups, under.tolist(), strict=True))
+    rows: list[Row] = [
+        {
+            "tag": name, "count": counts[name], "members": members[name], "parent": parents[name],
+            "examples": list(dict.fromkeys(examples.get(name, ())))[:EXAMPLES],
+        }
+        for name in parents
+    ]  # fmt: skip
     return sorted(rows, key=lambda row: (-row["count"], row["tag"]))
 
 
@@ -199,5 +247,8 @@ STAGE = Stage(
     needs={"prompts": Need(Kind.PROMPTS, "tagged instructions", columns=("tags",))},
     gives=Kind.ONTOLOGY,
     run=run,
-    reads=("refinements",),
+    engines={"namer": "a model that names groups of tags and says which tag belongs to which"},
+    optional_engines=("namer",),
+    reads=("refinements", "templates"),
+    version=2,
 )

@@ -65,7 +65,9 @@ class Bench:
         work = self.folder / "work"
         for folder in (self.out, work):
             folder.mkdir(exist_ok=True)
-        tools = Tools(seed, engines or {}, Counted(), work, self.out)
+        progress = Counted()
+        self.said = progress.lines
+        tools = Tools(seed, engines or {}, progress, work, self.out)
         result = stage.run(stage.config(**settings), tables, tools)
         assert result.rows is not None
         self.tables += 1

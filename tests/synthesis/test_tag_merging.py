@@ -3,17 +3,34 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse.csgraph import connected_components
 
-from data_synthesis.tag_merging import by_association, by_meaning, by_rules, merged, parents_of
+from data_synthesis.neighbours import clusters
+from data_synthesis.tag_merging import by_association, by_meaning, by_rules, key_of, merged, parents_of
+from data_synthesis.top_level import by_company, covering
 
 
 def test_rules_join_case_special_characters_and_word_forms_under_the_commonest_form() -> None:
     counts = {"Word Problems": 3, "word-problem": 5, "WORD_PROBLEM": 1, "wording": 2, "c++": 1, "C": 4, "!!": 9}
     assert by_rules(counts) == {
         "Word Problems": "word problem", "word-problem": "word problem", "WORD_PROBLEM": "word problem",
-        "wording": "wording", "c++": "c", "C": "c", "!!": None,
+        "wording": "wording", "c++": "c++", "C": "c", "!!": None,
     }  # fmt: skip
+
+
+def test_rules_keep_the_words_of_other_scripts_whole_and_plus_and_hash_after_letters() -> None:
+    """Marks (of Hindi, Arabic, Thai) belong to their letters; full-width forms are normalised; digits stay."""
+    counts = {
+        "गणित": 1, "قَواعِد": 1, "คณิตศาสตร์": 1, "数学-问题": 1, "ＡＩ": 1, "ai": 2, "C++": 3, "c++ ": 1, "C#": 1, "# 1": 1,
+        "1 + 2": 1, "Résumé_writing": 1,
+    }  # fmt: skip
+    found = by_rules(counts)
+    assert found == {
+        "गणित": "गणित", "قَواعِد": "قَواعِد", "คณิตศาสตร์": "คณิตศาสตร์", "数学-问题": "数学 问题", "ＡＩ": "ai", "ai": "ai",
+        "C++": "c++", "c++ ": "c++", "C#": "c#", "# 1": "1", "1 + 2": "1 2", "Résumé_writing": "résumé writing",
+    }  # fmt: skip
+    assert key_of("Word-Problems!") == key_of("word problem")
 
 
 def test_meaning_joins_what_is_nearly_the_same_and_reads_005_as_a_distance() -> None:
@@ -132,3 +149,50 @@ def test_100_000_rows_of_tags_are_mined_in_seconds() -> None:
     start = time.process_time()
     by_association(matrix, [f"t{i}" for i in range(2000)], "one_way", 40, 0.99)
     assert time.process_time() - start < 10  # about 0.5 s on a quiet core; the bound is for busy machines
+
+
+def test_near_pairs_of_dense_and_sparse_vectors_are_all_found_and_no_others() -> None:
+    """Against all similarities in full, for several distances; 1,500 vectors are more than one block.
+
+    Some dense vectors lie beyond the first axes, some are nothing but zeros; sparse ones have signs.
+    """
+    from scipy.sparse import random as random_sparse
+
+    rng = np.random.default_rng(1)
+    dense = rng.normal(size=(300, 90))[rng.integers(0, 300, 1500)] + 0.3 * rng.normal(size=(1500, 90))
+    dense[:400, :80] *= 0.01
+    sparse = random_sparse(700, 300, density=0.03, random_state=2, format="csr")[rng.integers(0, 700, 1500)].tolil()
+    sparse[rng.integers(0, 1500, 900), rng.integers(0, 300, 900)] = -0.4
+    for vectors in (dense, sparse.toarray()):
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+        vectors[5] = 0
+        full = vectors.astype(np.float32)
+        given = csr_matrix(full) if vectors is not dense else full
+        for distance in (0.01, 0.05, 0.2, 0.6):
+            near = coo_matrix(full @ full.T >= 1 - distance - 1e-6)
+            number, labels = connected_components(near, directed=False)
+            found = clusters(given, distance)
+            assert len(set(found.tolist())) == number
+            assert len(set(zip(found.tolist(), labels.tolist(), strict=True))) == number
+
+
+def test_005_read_as_a_similarity_would_make_one_tag_of_nearly_all() -> None:
+    """Twelve tags of four families: at a distance of 0.05 all twelve stay, at a similarity of 0.05 (a distance of
+    0.95) the families are gone.
+    """
+    words = (
+        "math word problem|math proof|math equation|poem writing|poem analysis|story writing|code writing|code review"
+    )
+    counts = dict.fromkeys([*words.split("|"), "story analysis", "code problem", "review of a story", "proof"], 1)
+    assert len(set(by_meaning(counts, None, 0.05).values())) == 12
+    assert len(set(by_meaning(counts, None, 0.95).values())) == 1
+
+
+def test_top_tags_cover_most_instructions_between_them() -> None:
+    """b is on 3; then a adds 2 and c only 1 (its other instruction has b); d adds none."""
+    matrix = incidence(["b", "bc", "bd", "a", "a", "c"], "abcd")
+    assert covering(matrix, "abcd", 2) == ["b", "a"]
+    assert covering(matrix, "abcd", 9) == ["b", "a", "c"]
+    assert covering(matrix, "abcd", 2, ["c"]) == ["c", "a"]  # after c, a and b add 2 each
+    assert by_company(matrix, "abcd", ["a", "b"]) == {"c": "b", "d": "b"}
+    assert by_company(incidence(["a", "d"], "ad"), "ad", ["a"]) == {"d": "other"}
