@@ -50,21 +50,42 @@ class Method:
     """A recipe of `recipes/synthesis` as the benchmark runs it.
 
     Attributes:
-        families: instructions by family that its step `prompts` draws; none: the recipe's own source stands.
+        families: instructions by family that its first step draws.
         gives: steps that are trained on: demonstrations, preferences.
-        more: further overrides, `key=value`.
-        simple: share of instructions without difficulties.
-        heldout: another held-out set than the common one: families by count.
+        step: the step that draws them.
+        more: further settings of that source.
+        policy: whether the recipe samples from a policy.
+        overrides: further arguments, `key=value`.
+        heldout: families that are evaluated instead of the common ones.
     """
 
-    families: dict[str, int] = field(default_factory=dict)
+    families: dict[str, int]
     gives: tuple[str, ...] = ("demonstrations", "preferences")
-    more: tuple[str, ...] = ()
-    simple: float = 0.0
+    step: str = "prompts"
+    more: dict[str, Any] = field(default_factory=dict)
+    policy: bool = True
+    overrides: tuple[str, ...] = ()
+    heldout: dict[str, int] = field(default_factory=dict)
 
 
+ONLY_D, ONLY_P = ("demonstrations",), ("preferences",)
 METHODS: dict[str, Method] = {
-    "reject": Method({"math": 500, "format": 500}),
+    "reject": Method({"math": 400, "format": 400}),
+    "execute": Method({"code": 100}),
+    "follow": Method(
+        {"format": 200}, step="queries", more={"simple": 1.0}, overrides=("steps.prompts.with.per_constraint=25",)
+    ),
+    "evolve": Method({"math": 120, "code": 60, "format": 120}, more={"simple": 1.0}),
+    "repurpose": Method(
+        {"math": 120, "code": 80, "format": 150, "benign": 80}, ONLY_D, "texts", {"answers": True}, policy=False
+    ),
+    "back_translate": Method(
+        {"math": 100, "code": 80, "format": 100, "benign": 60}, ONLY_D, "texts", {"answers": True}, policy=False
+    ),
+    "role_play": Method({"role": 100}, ONLY_D, "profiles", policy=False, heldout={"role": 200}),
+    "constitute": Method({"benign": 80, "harmful": 120}),
+    "rank": Method({"math": 60, "code": 30, "format": 60}),
+    "instagger": Method({"math": 120, "code": 80, "format": 120}, ONLY_D, "pool", policy=False),
 }
 """By the recipe's name."""
 
@@ -79,16 +100,23 @@ def first_policy(seed: int) -> dict[str, Any]:
     return {"name": f"synthesis-{seed}", "seed": seed, "steps": steps}
 
 
-def training(seed: int, first: Path, method: Path, gives: tuple[str, ...]) -> dict[str, Any]:
+def training(seed: int, first: Path, made: Path, method: Method) -> dict[str, Any]:
     """What is trained on a method's demonstrations and preferences, and evaluated."""
     steps: dict[str, Any] = {}
-    evaluate = {"stage": "evaluate", "in": {"prompts": str(first / "heldout")}, "with": {"max_tokens": 96}}
+    heldout, gives = str(first / "heldout"), method.gives
+    if method.heldout:
+        heldout = "heldout"
+        source = {"tiny": {"families": method.heldout, "split": "test", "seed": 1000}}
+        steps["heldout"] = {"stage": "prompts", "with": {"source": source}}
+    evaluate = {"stage": "evaluate", "in": {"prompts": heldout}, "with": {"max_tokens": 96}}
+    if method.heldout:
+        steps["before_eval"] = {**evaluate, "engines": {"policy": str(first / "sft")}}
     if "demonstrations" in gives:
-        both = [str(method / "demonstrations"), str(first / "demonstrations")]
+        both = [str(made / "demonstrations"), str(first / "demonstrations")]
         steps["sft"] = {"stage": "sft", "in": {"model": "tiny", "demonstrations": both}, "with": RETRAIN}
         steps["sft_eval"] = {**evaluate, "engines": {"policy": "step:sft"}}
     if "preferences" in gives:
-        inputs = {"policy": str(first / "sft"), "preferences": str(method / "preferences")}
+        inputs = {"policy": str(first / "sft"), "preferences": str(made / "preferences")}
         steps["dpo"] = {"stage": "dpo", "in": inputs, "with": PREFER}
         steps["dpo_eval"] = {**evaluate, "engines": {"policy": "step:dpo"}}
     return {"name": "after", "seed": seed, "steps": steps}
@@ -108,26 +136,26 @@ def align_run(document: dict[str, Any] | Path, folder: Path, *overrides: str) ->
 def one_method(seed: int, name: str, out: Path) -> dict[str, Any]:
     """A method with one seed: what it gave, and how the models trained on it score."""
     method, first = METHODS[name], out / str(seed) / "first" / "run"
-    source = {"tiny": {"families": method.families, "seed": 1000 * seed + 7, "simple": method.simple}}
-    overrides = [f"steps.prompts.with.source={json.dumps(source)}"] if method.families else []
-    overrides += [f"engines.policy.model={first / 'sft'}", f"seed={seed}", *method.more]
-    made = align_run(ROOT / "recipes" / "synthesis" / f"{name}.yaml", out / str(seed) / name, *overrides)
-    after = align_run(
-        training(seed, first, out / str(seed) / name / "run", method.gives), out / str(seed) / f"{name}-after"
-    )
+    source = {"tiny": {"families": method.families, "seed": 1000 * seed + 7, **method.more}}
+    overrides = [f"steps.{method.step}.with.source={json.dumps(source)}", f"seed={seed}", *method.overrides]
+    if method.policy:
+        overrides.append(f"engines.policy.model={first / 'sft'}")
+    folder = out / str(seed) / name
+    made = align_run(ROOT / "recipes" / "synthesis" / f"{name}.yaml", folder, *overrides)
+    after_folder = out / str(seed) / f"{name}-after"
+    after = align_run(training(seed, first, folder / "run", method), after_folder)
+    before = after_folder / "run" / "before_eval" if method.heldout else first / "sft_eval"
     found: dict[str, Any] = {
         "rows": {step: made[step].rows for step in method.gives},
         "yield": {step: m.summary["yield"] for step, m in made.items() if "yield" in m.summary},
         "cpu_seconds": round(sum(m.cpu_seconds for m in made.values()), 1),
     }
+    if method.heldout:
+        found["before"] = after["before_eval"].summary["scores"]
     for trained in ("sft", "dpo"):
         if f"{trained}_eval" in after:
-            found[trained] = after[f"{trained}_eval"].summary["scores"] | {
-                "mcnemar": compare(
-                    Table.open(first / "sft_eval"),
-                    Table.open(out / str(seed) / f"{name}-after" / "run" / f"{trained}_eval"),
-                )
-            }
+            compared = compare(Table.open(before), Table.open(after_folder / "run" / f"{trained}_eval"))
+            found[trained] = after[f"{trained}_eval"].summary["scores"] | {"mcnemar": compared}
     return found
 
 
@@ -174,7 +202,7 @@ def main() -> None:
             "rows": [run["rows"] for run in runs],
             "yield": runs[0]["yield"],
             "cpu_seconds": [run["cpu_seconds"] for run in runs],
-            **{trained: scores_of([run[trained] for run in runs]) for trained in ("sft", "dpo") if trained in runs[0]},
+            **{what: scores_of([run[what] for run in runs]) for what in ("before", "sft", "dpo") if what in runs[0]},
         }
     if options.save:
         options.save.write_text(json.dumps(figures, indent=2, default=vars) + "\n")
@@ -182,12 +210,11 @@ def main() -> None:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as a Markdown table: greedy and sampled scores, those families that moved most, McNemar's z."""
-    before = figures["before"]
+    """The figures as a Markdown table: scores before and after, McNemar's z, the families that moved most."""
     lines = ["| trained on | rows | greedy | T = 1 | z by seed (greedy; T = 1) | families that moved most (greedy) |"]
     lines += ["|---|---|---|---|---|---|"]
 
-    def line(what: str, rows: str, scores: dict[str, Any]) -> str:
+    def line(what: str, rows: str, scores: dict[str, Any], before: dict[str, Any]) -> str:
         moved = {f: s - before["greedy"]["by_family"][f] for f, s in scores["greedy"]["by_family"].items()}
         most = sorted(moved, key=lambda f: -abs(moved[f]))[:3]
         cells = [f"{scores[m]['mean']:.1f} ± {scores[m]['standard_error']:.1f}" for m in ("greedy", "sampled")]
@@ -195,16 +222,18 @@ def table(figures: dict[str, Any]) -> str:
         families = ", ".join(f"{f} {moved[f]:+.0f}" for f in most if abs(moved[f]) >= 0.5)
         return f"| {what} | {rows} | {' | '.join(cells)} | {z} | {families} |"
 
-    lines.append(line("nothing more: the first policy", "", before))
-    lines.append(line("the written demonstrations again (control)", "", figures["control"]))
+    common = figures["before"]
+    lines.append(line("the first policy", "", common, common))
+    lines.append(line("the written demonstrations again (control)", "", figures["control"], common))
     for name, found in figures["methods"].items():
-        for trained, step in (("sft", "demonstrations"), ("dpo", "preferences")):
+        before = found.get("before", common)
+        if "before" in found:
+            lines.append(line(f"the first policy, on {', '.join(before['greedy']['by_family'])}", "", before, before))
+        for trained, step, letter in (("sft", "demonstrations", "D"), ("dpo", "preferences", "P")):
             if trained in found:
-                rows = "–".join(
-                    str(n) for n in sorted({run[step] for run in found["rows"]})[:: max(1, len(found["rows"]) - 1)]
-                )
-                letter = "D" if trained == "sft" else "P"
-                lines.append(line(f"{letter} of `{name}`", rows, found[trained]))
+                counts = sorted(run[step] for run in found["rows"])
+                rows = str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]}–{counts[-1]}"
+                lines.append(line(f"{letter} of `{name}`", rows, found[trained], before))
     return "\n".join(lines)
 
 
