@@ -209,10 +209,10 @@ def make_tiny(arguments: Arguments = None) -> None:
 def recipes(context: typer.Context) -> None:
     """List the recipes that come with align."""
     if context.invoked_subcommand is None:
-        from align.shipped import shipped
+        from align.shipped import name_of, shipped
 
         for path, about in shipped().items():
-            print(f"{path.stem:<16} {about}")
+            print(f"{name_of(path):<24} {about}")
 
 
 @recipes_app.command("copy")

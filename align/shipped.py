@@ -10,14 +10,22 @@ from align.stages import nearest
 
 def shipped() -> dict[Path, str]:
     """Each shipped recipe with its first line, which says what it is; other files that recipes read are left out."""
-    here = Path(__file__).resolve().parent
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
     found = {}
-    for path in sorted(folder.glob("*.yaml")):
+    for path in [*sorted(_folder().glob("*.yaml")), *sorted(_folder().glob("*/*.yaml"))]:
         text = path.read_text(encoding="utf-8")
         if "\nsteps:" in text:
             found[path] = text.split("\n", 1)[0].removeprefix("#").strip()
     return found
+
+
+def name_of(recipe: Path) -> str:
+    """The name of a shipped recipe: `quickstart`, `synthesis/reject`."""
+    return recipe.relative_to(_folder()).with_suffix("").as_posix()
+
+
+def _folder() -> Path:
+    here = Path(__file__).resolve().parent
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
 
 
 def recipe_file(text: str) -> Path:
@@ -27,9 +35,11 @@ def recipe_file(text: str) -> Path:
         RecipeError: it is a name, and neither a file nor a shipped recipe has it.
     """
     path = Path(text).expanduser()
-    if path.is_file() or path.suffix in (".yaml", ".yml") or "/" in text:
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
-    names = {each.stem: each for each in shipped()}
+    names = {name_of(each): each for each in shipped()}
+    if text not in names and "/" in text and text.split("/")[0] not in {name.split("/")[0] for name in names}:
+        return path
     if text not in names:
         raise RecipeError(f"{text}: no such file, and no recipe of that name is shipped; {nearest(text, list(names))}")
     return names[text]

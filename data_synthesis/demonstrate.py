@@ -57,7 +57,7 @@ def run(config: DemonstrateConfig, inputs: Mapping[str, Table | ModelRef], tools
 def _rows(config: DemonstrateConfig, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
     given: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    prompts = 0
+    prompts = rows_in = 0
     tools.progress.start(len(table), "completions")
     for rows in by_prompt(table, tools.work):
         prompts += 1
@@ -69,9 +69,12 @@ def _rows(config: DemonstrateConfig, table: Table, tools: Tools, summary: dict[s
             given[family] += 1
             yield demonstration
         tools.progress.advance(len(rows), demonstrations=given.total())
+        rows_in += len(rows)
         summary.update(
-            prompts=prompts, demonstrations=given.total(), by_family=dict(sorted(given.items())), dropped=dict(dropped)
-        )
+            prompts=prompts, demonstrations=given.total(), by_family=dict(sorted(given.items())),
+            **{"yield": {"prompts": prompts, "rows": rows_in, "demonstrations": given.total()}},
+            lost=dict(dropped.most_common()),
+        )  # fmt: skip
     if not given:
         raise DataError(
             f"demonstrate: none of {len(table)} rows of {table.name} became a demonstration "

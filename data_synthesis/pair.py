@@ -97,6 +97,8 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
         summary.update(
             prompts=prompts, pairs=pairs_given, by_family=dict(sorted(families.items())), outcome=dict(counts),
             mean_margin=round(margins / pairs_given, 4) if pairs_given else None,
+            **{"yield": {"prompts": prompts, "prompts with a pair": counts["paired"], "pairs": pairs_given}},
+            lost={_LOST.get(why, why.replace("split_", "prompt of the split ")): count for why, count in counts.most_common() if why != "paired" and count},
         )  # fmt: skip
     if not pairs_given:
         raise DataError(
@@ -151,6 +153,19 @@ def _preference(chosen: Row, rejected: Row, margin: float) -> Row:
         "rejected_index": rejected["sample_index"],
         **{column: chosen[column] for column in CARRIED if column in chosen},
     }
+
+
+_LOST = {
+    "too_few": "prompt with fewer than two usable completions",
+    "tie": "prompt whose completions are equally good",
+    "below_margin": "prompt whose margins are below min_margin",
+    "none_chosen": "prompt without a completion that may be chosen",
+    "one_sided": "prompt with only winners or only losers",
+    "dropped_error": "completion without a verdict",
+    "dropped_identical": "completion with the text of another",
+    "rejected_does_not_run": "pair whose rejected program does not run, past max_broken_share",
+}
+"""What became of prompts and completions (`reward.pairs.make_pairs`), in the words of the card."""
 
 
 STAGE = Stage(

@@ -136,7 +136,7 @@ def test_the_help_of_a_stage_lists_every_input_and_setting_with_type_default_and
     shown = " ".join(align("tests.fakes:SAMPLE", "--help").stdout.split())
     for line in (
         "prompts prompts required prompts",
-        "sampler engine required what samples",
+        "sampler engine, or a list required what samples",
         "judge engine what judges",
         "samples int ≥ 1 2 samples of each prompt",
         "fail true | false false fails with an error",

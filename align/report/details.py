@@ -15,7 +15,9 @@ SHOWN = 5
 LONGEST = 1500
 """Rows shown of a step, and characters of a text in them."""
 
-SHOWN_ELSEWHERE = frozenset({"scores", "by_family", "overall", "tags_before", "tags_after", "evaluations"})
+SHOWN_ELSEWHERE = frozenset(
+    {"scores", "by_family", "overall", "tags_before", "tags_after", "evaluations", "yield", "lost"}
+)
 
 
 def step_card(step: Step) -> Html:
@@ -36,6 +38,7 @@ def step_card(step: Step) -> Html:
         head,
         el("p", *_origins(step), class_="from"),
         _warnings(done.summary),
+        _yield(done.summary),
         join(el("h4", "Some rows"), *rows) if rows else None,
         join(el("h4", "Figures"), _facts(figures)) if figures else None,
         el("h4", "Settings"),
@@ -66,6 +69,16 @@ def _warnings(summary: Mapping[str, Any]) -> Html | None:
     if not isinstance(found, list) or not found:
         return None
     return el("ul", *(el("li", str(line)) for line in found), class_="warnings")
+
+
+def _yield(summary: Mapping[str, Any]) -> Html | None:
+    """How many were left after each step, and why the others were lost."""
+    found = []
+    for title, key in (("Yield", "yield"), ("Lost", "lost")):
+        if isinstance(counts := summary.get(key), Mapping) and counts:
+            rows: list[list[Child]] = [[name, f"{count:,}"] for name, count in counts.items()]
+            found += [el("h4", title), table(["", ""], rows)]
+    return join(*found) if found else None
 
 
 def _row(row: Row) -> Html:

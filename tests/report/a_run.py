@@ -175,7 +175,8 @@ def quickstart(folder: Path) -> Path:
     }  # fmt: skip
     run.step("selected", "select", {"prompts": "tagged", "ontology": "ontology"}, rows=tagged[:20], summary=summary)
     samples = [completion(i // 3, i % 3, EVIL if i == 0 else f"so {i}\n#### {i}", i % 3 != 1) for i in range(90)]
-    run.step("samples", "reject", {"prompts": "selected"}, {"sampler": "sft"}, samples, Kind.COMPLETIONS)
+    yields = {"yield": {"sampled": 1090, "kept": 60}, "lost": {"wrong": 1000, "<b>cut off</b>": 30}}
+    run.step("samples", "reject", {"prompts": "selected"}, {"sampler": "sft"}, samples, Kind.COMPLETIONS, yields)
     run.step("kept", "demonstrate", {"completions": "samples"}, rows=demos[:60], kind=Kind.DEMONSTRATIONS)
     run.step(
         "rft",

@@ -131,6 +131,13 @@ def test_a_closed_gate_is_shown_with_its_reason(page: str) -> None:
     assert "less often (0.40) than samples (0.50)" in reward
 
 
+def test_what_a_step_kept_and_why_it_lost_the_rest_are_tables(page: str) -> None:
+    card = page[page.index('id="step-samples"') : page.index('id="step-kept"')]
+    for cell in ("sampled", "1,090", "wrong", "1,000", "&lt;b&gt;cut off&lt;/b&gt;"):
+        assert f">{cell}</td>" in card
+    assert "Yield" in card and "Lost" in card
+
+
 def test_training_curves_and_warnings_are_shown(page: str) -> None:
     training = page[page.index('id="training"') : page.index('id="steps"')]
     by_step = {"sft": 4, "rft": 3, "control_unfiltered": 2, "dpo": 7, "reward": 3}

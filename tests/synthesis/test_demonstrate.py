@@ -36,7 +36,8 @@ def test_only_passed_kept_finished_training_completions_are_learned_from(bench: 
         "prompts": 2,
         "demonstrations": 1,
         "by_family": {"exact": 1},
-        "dropped": {"not kept": 1, "not passed": 1, "error": 1, "truncated": 1, "same text": 1, "split dev": 1},
+        "yield": {"prompts": 2, "rows": 7, "demonstrations": 1},
+        "lost": {"not kept": 1, "not passed": 1, "error": 1, "truncated": 1, "same text": 1, "split dev": 1},
     }
 
 
@@ -61,7 +62,7 @@ def test_per_prompt_takes_the_first_or_the_best(bench: Bench, best_of: bool, exp
         a_completion(1, i, t, True, reward=r) for i, (t, r) in enumerate((("a", 0.1), ("b", 0.9), ("c", 0.5)))
     ]
     assert texts(bench.run(STAGE, {"per_prompt": 2, "best_of": best_of}, completions=completions)) == expected
-    assert bench.summary["dropped"] == {"prompt full": 1}
+    assert bench.summary["lost"] == {"prompt full": 1}
 
 
 def test_gold_answers_are_added_before_the_samples_and_not_counted_in_per_prompt(bench: Bench) -> None:

@@ -47,6 +47,12 @@ def test_the_summary_says_what_became_of_every_prompt(bench: Bench) -> None:
             "paired": 1, "tie": 1, "none_chosen": 2, "dropped_identical": 1, "too_few": 1, "split_test": 1
         },
         "mean_margin": 1.0,
+        "yield": {"prompts": 6, "prompts with a pair": 1, "pairs": 1},
+        "lost": {
+            "prompt without a completion that may be chosen": 2, "prompt whose completions are equally good": 1,
+            "completion with the text of another": 1, "prompt with fewer than two usable completions": 1,
+            "prompt of the split test": 1,
+        },
     }  # fmt: skip
 
 
