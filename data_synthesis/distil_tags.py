@@ -2,8 +2,8 @@
 
 InsTag distils its tagger, a large model behind a template, into a 7B model on 773,511 tagged instructions. Here each
 user turn that was tagged becomes a demonstration: the prompt is the tagger's template with the instruction in it, the
-completion the strict JSON list that `tag` reads. `compare-tags` tells how close the tagger that `sft` makes of them
-comes.
+completion the strict JSON list that `tag` reads. Where the tags of each turn are known (`turn_tags`) each is one; else
+the last user turn has the row's tags. `compare-tags` tells how close the tagger that `sft` makes of them comes.
 
 With an ontology the tags are the atomic ones, and tags that it dropped are left out, so the small tagger learns the
 cleaned tags at once. An explanation is the tagger's own of the first raw tag that became the atomic one; where it gave
@@ -15,18 +15,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from align.core.asking import MalformedError, fill, load_template
+from align.core.asking import MalformedError, load_template
 from align.core.errors import DataError
 from align.core.records import Kind, Messages, Row, Split
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.store import ModelRef, Table
 from align.core.text import prompt_id_of
-from data_synthesis.tag import TEMPLATES, read_explained, user_turns
+from data_synthesis.tag import TEMPLATES, read_explained
 from data_synthesis.tag_levels import atomic_tags
+from reward.judge import filled
+
+NOTHING_EARLIER = "(nothing)"
+"""What a template with `{earlier}` shows where nothing was said before the turn, as in `tag`."""
 
 
 class DistilTagsConfig(StageConfig):
@@ -36,7 +40,6 @@ class DistilTagsConfig(StageConfig):
         "tag", description="what the small tagger will be asked, best what the large one was: a shipped template's "
         "name, a file, or a text, with {instruction}",
     )  # fmt: skip
-    turns: Literal["last", "all"] = Field("last", description="as in the step `tag` that gave the tags")
     explanations: bool = Field(
         True, description="let the small tagger explain each tag, as InsTag's does; false: it writes a list of texts"
     )
@@ -64,11 +67,11 @@ def _rows(
     seen: set[str] = set()
     tools.progress.start(len(table), "prompts")
     for row in table.rows():
-        texts = user_turns(row, config.turns)
-        turns += len(texts)
-        for text, answer in zip(texts, _answers(config, row, len(texts)), strict=True):
+        answers = _answers(row)
+        turns += len(answers)
+        for (earlier, text), answer in zip(_user_turns(row)[-len(answers) :], answers, strict=True):
             tags = _cleaned(answer, atomic)
-            prompt: Messages = [{"role": "user", "content": fill(template, {"instruction": text})}]
+            prompt = filled(template, {"instruction": text, "earlier": earlier or NOTHING_EARLIER})
             key = prompt_id_of(prompt)
             reason = _refusal(config, row, answer, tags, key in seen)
             if reason is not None:
@@ -91,37 +94,27 @@ def _rows(
         raise DataError(f"distil-tags: no turn of {table.name} became a demonstration ({why}); tag more instructions")
 
 
-def _answers(config: DistilTagsConfig, row: Row, turns: int) -> list[dict[str, str] | None]:
-    """The tags of each turn with their explanations, as the tagger gave them; None where it gave none that can be read.
-
-    Rows whose tags came from elsewhere, without `raw_tags`, have them for their only turn.
-    """
-    raw = row.get("raw_tags")
-    if raw is None:
-        return [None] * (turns - 1) + [dict.fromkeys(row["tags"] or [], "")] if turns else []
+def _answers(row: Row) -> list[dict[str, str]]:
+    """The tags of each tagged user turn, the last ones of the prompt, with their explanations."""
+    if row.get("turn_tags"):
+        return [{item["tag"]: item.get("explanation") or "" for item in turn or ()} for turn in row["turn_tags"]]
     try:
-        texts = json.loads(raw) if config.turns == "all" else [raw]
-    except ValueError:
-        texts = []
-    if not isinstance(texts, list) or len(texts) != turns:
-        raise DataError(
-            f"distil-tags: prompt {row['prompt_id']}: raw_tags holds another number of answers than the prompt has "
-            f"user turns; set `turns` as it was when the step `tag` ran (it is {config.turns} here)"
-        )
-    return [_explained(text) for text in texts]
-
-
-def _explained(text: str) -> dict[str, str] | None:
-    try:
-        return read_explained(text)
+        explained = read_explained(row.get("raw_tags") or "")
     except MalformedError:
-        return None
+        explained = {}
+    return [{tag: explained.get(tag, "") for tag in row["tags"] or ()}]
 
 
-def _cleaned(answer: Mapping[str, str] | None, atomic: Mapping[str, str] | None) -> dict[str, str]:
+def _user_turns(row: Row) -> list[tuple[Messages, str]]:
+    """Each user turn with the messages before it."""
+    messages: Messages = row["prompt"]
+    return [(messages[:at], turn["content"]) for at, turn in enumerate(messages) if turn["role"] == "user"]
+
+
+def _cleaned(answer: Mapping[str, str], atomic: Mapping[str, str] | None) -> dict[str, str]:
     """A turn's tags as they are to be learned, each with its explanation."""
     tags: dict[str, str] = {}
-    for tag, explanation in (answer or {}).items():
+    for tag, explanation in answer.items():
         name = tag if atomic is None else atomic.get(tag)
         if name is not None and not tags.get(name):
             tags[name] = explanation
@@ -129,7 +122,7 @@ def _cleaned(answer: Mapping[str, str] | None, atomic: Mapping[str, str] | None)
 
 
 def _refusal(
-    config: DistilTagsConfig, row: Row, answer: Mapping[str, str] | None, tags: Mapping[str, str], seen: bool
+    config: DistilTagsConfig, row: Row, answer: Mapping[str, str], tags: Mapping[str, str], seen: bool
 ) -> str | None:
     """Why a turn is no demonstration; None where it is one."""
     if row["split"] not in config.splits:

@@ -7,20 +7,23 @@ All hashes are the same in every process and on every machine.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from align.core.text import plain_ascii, words
+from align.core.text import WORDS_BY_THEMSELVES, plain_ascii, words
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 PIECE = 1 << 17
-"""Bytes hashed together: the powers for so many lie in the processor's cache."""
+"""Characters hashed together: the powers for so many lie in the processor's cache."""
 
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 2**64)
@@ -52,68 +55,76 @@ _DOWN = _powers(_INVERSE, PIECE)
 def word_hashes(texts: Sequence[str]) -> tuple[U64, I64]:
     """The hash of every word of some texts.
 
-    A word's hash is the polynomial of its UTF-8 bytes modulo 2^64, mixed. It is taken for all words of a piece at once:
-    the sums of byte times power from the piece's beginning, their differences between the words' ends and beginnings,
-    and these moved back to power 0.
+    A word's hash is the polynomial of its characters modulo 2^64, mixed. It is taken for all words of a piece at once:
+    the sums of character times power from the piece's beginning, their differences between the words' ends and
+    beginnings, and these moved back to power 0.
 
     Returns:
         the hashes, (words of all texts,), and where each text's begin, (texts + 1,); the last is the number of words.
     """
     parts: list[U64] = []
-    counts = np.zeros(len(texts) + 1, dtype=np.int64)
-    waiting: list[bytes] = []
-    size = first = 0
-
-    def hash_waiting(before: int) -> None:
-        if waiting:
-            found, numbers = _hash_pieces(waiting)
-            parts.append(found)
-            counts[first + 1 : before + 1] = numbers
-            waiting.clear()
-
-    for number, text in enumerate(texts):
-        plain = plain_ascii(text)
-        raw = _spelled(text) if plain is None else plain.translate(_LETTERS)
-        if size + len(raw) > PIECE and waiting:
-            hash_waiting(number)
-            size, first = 0, number
-        waiting.append(raw)
-        size += len(raw) + 1
-    hash_waiting(len(texts))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64), np.cumsum(counts)
+    counts: list[I64] = [np.zeros(1, dtype=np.int64)]
+    first = size = 0
+    for number, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= PIECE or number == len(texts):
+            hashes, numbers = _hash_piece(texts[first:number])
+            parts.append(hashes)
+            counts.append(numbers)
+            first, size = number, 0
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64), np.cumsum(np.concatenate(counts))
 
 
-def _spelled(text: str) -> bytes:
-    """The words of a text with other letters, with blanks between them."""
-    return " ".join(words(text)).encode("utf-8", "surrogatepass")
+def _hash_piece(texts: Sequence[str]) -> tuple[U64, I64]:
+    """The hashes of the words of some texts, and each text's number of words."""
+    plain = [plain_ascii(text) for text in texts]
+    if None not in plain:
+        characters: Any = np.frombuffer(b" ".join([*filter(None, plain), b""]).translate(_LETTERS), dtype=np.uint8)
+        lengths = [len(raw) + 1 if raw else 0 for raw in plain]
+        inside = characters != 32
+        starts = np.flatnonzero(inside & ~np.append(False, inside[:-1]))
+        ends = np.flatnonzero(inside & ~np.append(inside[1:], False)) + 1
+    else:
+        folded = [
+            unicodedata.normalize("NFKC", text).casefold() if raw is None else raw.decode().lower()
+            for text, raw in zip(texts, plain, strict=True)
+        ]
+        characters = np.frombuffer(" ".join([*folded, ""]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        lengths = [len(text) + 1 for text in folded]
+        sorts = _sorts()[characters]
+        runs, alone = sorts == 1, sorts == 2
+        starts = np.flatnonzero(alone | (runs & ~np.append(False, runs[:-1])))
+        ends = np.flatnonzero(alone | (runs & ~np.append(runs[1:], False))) + 1
+    bounds = np.searchsorted(starts, np.append(0, np.cumsum(lengths)))
+    return mixed(_polynomials(characters, starts, ends)), np.diff(bounds)
 
 
-def _hash_pieces(raws: Sequence[bytes]) -> tuple[U64, I64]:
-    """The hashes of the words of texts in which only blanks stand between words, and each text's number of words."""
-    joined = b" ".join([*raws, b""])
-    octets = np.frombuffer(joined, dtype=np.uint8)
-    inside = octets != 32
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    if len(inside) and inside[0]:
-        edges = np.append(0, edges)
-    starts, ends = edges[0::2], edges[1::2]
-    hashes = np.empty(len(starts), dtype=np.uint64)
+@cache
+def _sorts() -> npt.NDArray[np.uint8]:
+    """For every character of Unicode: 0 between words, 1 in a word, 2 a word by itself; as `words` has it."""
+    sorts = np.fromiter((chr(code).isalnum() for code in range(_LAST_CODE + 1)), dtype=np.uint8, count=_LAST_CODE + 1)
+    for low, high in WORDS_BY_THEMSELVES:
+        sorts[low : high + 1] = 2
+    return sorts
+
+
+def _polynomials(characters: Any, starts: I64, ends: I64) -> U64:
+    """The polynomial of each word's characters, every word's from power 0."""
+    found = np.empty(len(starts), dtype=np.uint64)
     done = 0
-    while done < len(starts):  # once, unless one long text makes a piece longer than PIECE
+    while done < len(starts):  # once, unless one long text makes the piece longer than PIECE
         begin = int(starts[done])
         until = max(done + 1, int(np.searchsorted(ends, begin + PIECE, side="right")))
-        stretch = octets[begin : int(ends[until - 1])]
-        longest = len(stretch) > PIECE  # a single word
-        up, down = (_powers(_BASE, len(stretch)), _powers(_INVERSE, len(stretch))) if longest else (_UP, _DOWN)
+        stretch = characters[begin : int(ends[until - 1])]
+        is_long = len(stretch) > PIECE  # a single word
+        up, down = (_powers(_BASE, len(stretch)), _powers(_INVERSE, len(stretch))) if is_long else (_UP, _DOWN)
         sums = np.empty(len(stretch) + 1, dtype=np.uint64)
         sums[0] = 0
         np.cumsum(up[: len(stretch)] * stretch, out=sums[1:])
         low, high = starts[done:until] - begin, ends[done:until] - begin
-        hashes[done:until] = (sums[high] - sums[low]) * down[low]
+        found[done:until] = (sums[high] - sums[low]) * down[low]
         done = until
-    lengths = np.fromiter((len(raw) + 1 for raw in raws), dtype=np.int64, count=len(raws))
-    bounds = np.searchsorted(starts, np.append(0, np.cumsum(lengths)))
-    return mixed(hashes), np.diff(bounds)
+    return found
 
 
 def mixed(hashes: U64) -> U64:

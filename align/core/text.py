@@ -11,10 +11,10 @@ from typing import Any
 
 from align.core.records import Split
 
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # Chinese and kana: one each
-    r"|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"
-)
+WORDS_BY_THEMSELVES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FFFF))
+"""Chinese and kana: characters that are a word each, from and to."""
+_ALONE = "".join(f"{chr(low)}-{chr(high)}" for low, high in WORDS_BY_THEMSELVES)
+_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
 _as_json = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 _ASCII_BLANKS = {code: " " for code in range(128) if not chr(code).isalnum()}
 _ASCII = bytes(range(128))

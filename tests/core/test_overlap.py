@@ -13,7 +13,7 @@ from align.core import overlap
 from align.core.overlap import Index, common_lengths, run_hashes, run_places, word_hashes
 from align.core.text import ngrams, words
 
-TEXTS = ["One two, THREE!", "", "two’s — three", "请列出 three 水果", "über-Straße", "...", "x" * 30]
+TEXTS = ["One two, THREE!", "", "two’s — three", "请列出three水果", "über-Straße", "...", "x" * 30, "₂ﬁ・_two"]
 
 
 def hashes_of(texts: list[str]) -> list[list[int]]:
@@ -27,7 +27,7 @@ def test_two_words_have_one_hash_exactly_when_they_are_one_word():
         assert len(hashes) == len(words(text))
         for word, value in zip(words(text), hashes, strict=True):
             assert found.setdefault(word, value) == value
-    assert len(set(found.values())) == len(found) == 12  # one two three s 请 列 出 水 果 über strasse xxx…
+    assert len(set(found.values())) == len(found) == 14  # one two three s 请 列 出 水 果 über strasse xxx… 2fi ・
 
 
 @settings(deadline=None, max_examples=40)

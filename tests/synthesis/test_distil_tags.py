@@ -54,12 +54,14 @@ def test_each_user_turn_is_a_demonstration_where_each_was_tagged(bench: Bench):
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "اكتب قصيدة"},
         {"role": "assistant", "content": "..."}, {"role": "user", "content": "Now shorter."},
     ]  # fmt: skip
-    prompt = a_prompt(1, prompt=talk, tags=["poem", "edit"], raw_tags=json.dumps(['["poem"]', '["edit"]']))
-    rows = bench.run(STAGE, {"turns": "all", "template": "{instruction}"}, prompts=[prompt])
-    assert [row["prompt"][0]["content"] for row in rows] == ["اكتب قصيدة", "Now shorter."]
-    assert completions(rows) == [["poem"], ["edit"]]
-    with pytest.raises(DataError, match="prompt p2: raw_tags holds another number of answers"):
-        bench.run(STAGE, {"turns": "all"}, prompts=[a_prompt(2, prompt=talk, tags=["a"], raw_tags='["a"]')])
+    turn_tags = [[{"tag": "poem", "explanation": "Verse."}], [{"tag": "edit", "explanation": ""}]]
+    prompt = a_prompt(1, prompt=talk, tags=["poem", "edit"], raw_tags="[]", turn_tags=turn_tags)
+    rows = bench.run(STAGE, {"template": "{earlier}|{instruction}"}, prompts=[prompt])
+    assert [row["prompt"][0]["content"].split("|")[1] for row in rows] == ["اكتب قصيدة", "Now shorter."]
+    assert "system\nBe brief." in rows[0]["prompt"][0]["content"] and "..." in rows[1]["prompt"][0]["content"]
+    assert completions(rows) == [[{"tag": "poem", "explanation": "Verse."}], ["edit"]]
+    (row,) = bench.run(STAGE, {"template": "{instruction}"}, prompts=[{**prompt, "turn_tags": turn_tags[1:]}])
+    assert row["prompt"][0]["content"] == "Now shorter."
 
 
 def test_what_is_left_out_is_counted_and_the_counts_add_up(bench: Bench):
