@@ -1,7 +1,7 @@
 """Tags as open-set taggers give them, made up: for measuring `ontology` at any size.
 
-Frequencies follow Zipf's law. An instruction is of one subject, has tags of that subject and a few of any; about
-one tag in twelve is written in another way than usual (case, plural, hyphen, a slip of the pen, a word more), and some tags
+Frequencies follow Zipf's law. An instruction is of one subject, has tags of that subject and a few of any; about one
+tag in twelve is written in another way than usual (case, plural, hyphen, a slip of the pen, a word more), and some tags
 always come with another one.
 """
 
@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_STARTS = "ba be bi bo bu da de di do du fa fe fi fo ga ge gi go ka ke ki ko la le li lo ma me mi mo na ne ni no pa pe".split()
-_ENDS = "ction ment ity ness ing tion ance ology ics er or al ism graphy ment tics ture ship age ry".split()
+_STARTS = (
+    "ba be bi bo bu da de di do du fa fe fi fo ga ge gi go ka ke ki ko la le li lo ma me mi mo na ne ni no pa pe"
+).split()
+_ENDS = "ction ment ity ness ing tion ance ology ics er or al ism graphy tics ture ship age ry".split()
 SUBJECTS = 400
 
 
@@ -68,7 +70,10 @@ def instructions(count: int, unique: int, seed: int) -> Iterator[list[str]]:
     for places in of_subject:
         local = np.cumsum(shares[places])
         inside.append(local / local[-1])
-    partner = {int(n): int(of_subject[subject[n]][0]) for n in rng.choice(len(names) // 20, size=300, replace=False)}
+    partner = {
+        int(n): int(of_subject[subject[n]][0])
+        for n in rng.choice(len(names) // 20, size=min(300, len(names) // 20), replace=False)
+    }
     for _ in range(count):
         first = int(np.searchsorted(cumulated, rng.random()))
         own = int(subject[first])

@@ -132,18 +132,19 @@ def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: T
     rows = _ontology_rows(into, raw, matrix, final, parents, texts)
     write_ontology(tools.out / "ontology.yaml", edits, rows)
     dropped = sum(name is None for name in refined.into.values())
+    lost = {
+        f"on fewer than {config.min_count} instructions": sizes["raw"] - sizes["frequency"],
+        "no letter or digit": signs,
+        "another spelling of a tag": sizes["frequency"] - signs - sizes["rules"],
+        "within max_distance of a tag": sizes["rules"] - sizes["semantics"],
+        "nearly always with another tag": sizes["semantics"] - sizes["association"],
+        "merged by a person": sizes["association"] - dropped - sizes["refined"],
+        "dropped by a person": dropped,
+    }
     summary = {
         "tags": sizes,
         "yield": sizes,
-        "lost": {
-            f"on fewer than {config.min_count} instructions": sizes["raw"] - sizes["frequency"],
-            "no letter or digit": signs,
-            "another spelling of a tag": sizes["frequency"] - signs - sizes["rules"],
-            "within max_distance of a tag": sizes["rules"] - sizes["semantics"],
-            "nearly always with another tag": sizes["semantics"] - sizes["association"],
-            "merged by a person": sizes["association"] - dropped - sizes["refined"],
-            "dropped by a person": dropped,
-        },
+        "lost": {reason: count for reason, count in lost.items() if count},
         "association_rules": rules,
         "edits": {"applied": refined.edits, "left_out": len(refined.problems)},
         "instructions": int(matrix.shape[0]),

@@ -127,7 +127,7 @@ def _rows(config: TagConfig, template: str, table: Table, tools: Tools, summary:
         if prompts % 1000 == 0 or prompts == len(table):
             summary.update({
                 "yield": {"prompts": prompts, "tagged": prompts - untagged},
-                "lost": {f"no answer of the tagger could be read in {config.attempts} attempts": untagged},
+                "lost": {f"no answer could be read in {config.attempts} attempts": untagged} if untagged else {},
                 "turns": budget.seen, "retried": retried, "failed_turns": budget.errors, "partly_tagged": partly,
                 "unique_tags": len(counts), "tags_not_in_latin": sum(1 for tag in counts if not _is_latin(tag)),
                 "tags_per_prompt": round(counts.total() / prompts, 4), "top_tags": dict(counts.most_common(TOP)),

@@ -124,25 +124,36 @@ def _one_round(
     matrix: Any, names: Sequence[str], mode: Association, min_support: int, min_confidence: float
 ) -> dict[str, str]:
     """Tag to the tag it becomes, chains followed to their ends."""
+    a, b, order = rules_between(matrix, names, min_support, min_confidence, mutual=mode == "mutual")
+    best = _firsts(a, b, order)
+    step: dict[str, str] = {}
+    for tag in best:
+        end = tag
+        while end in best:
+            end = best[end]
+        step[names[tag]] = names[end]
+    return step
+
+
+def rules_between(
+    matrix: Any, names: Sequence[str], min_support: int, min_confidence: float, mutual: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The rules a -> b from a tag to a more frequent one (of two as frequent: to the first by name).
+
+    Returns:
+        Columns a and b of each rule, and an order of the rules: by a, then the surest first.
+    """
     counts = np.asarray(matrix.sum(axis=0)).ravel()
     ranks = _ranks(names)
     frequent = np.flatnonzero(counts >= min_support)
     together = matrix[:, frequent]
     pairs = (together.T @ together).tocoo()
     a, b, both = frequent[pairs.row], frequent[pairs.col], pairs.data
-    # only to a tag as frequent or more; of two as frequent, to the first by name
     upwards = (counts[b] > counts[a]) | ((counts[b] == counts[a]) & (ranks[b] < ranks[a]))
-    confidence = both / counts[a if mode == "one_way" else b]  # b is the more frequent one: its share is the smaller
+    confidence = both / counts[b if mutual else a]  # b is the more frequent one: its share is the smaller
     holds = upwards & (both >= min_support) & (confidence >= min_confidence)
     a, b, both = a[holds], b[holds], both[holds]
-    best = _firsts(a, b, np.lexsort((ranks[b], -both, -both / counts[a], a)))
-    step: dict[str, str] = {}
-    for a in best:
-        b = a
-        while b in best:
-            b = best[b]
-        step[names[a]] = names[b]
-    return step
+    return a, b, np.lexsort((ranks[b], -both, -both / counts[a], a))
 
 
 def merged(matrix: Any, names: Sequence[str], into: Mapping[str, str | None], left: Sequence[str]) -> Any:

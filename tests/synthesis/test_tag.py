@@ -59,7 +59,7 @@ def test_prompts_get_tags_and_the_raw_answer_and_malformed_answers_are_asked_for
     assert [row["raw_tags"] for row in rows] == ['["a", "b"]', '["b"]', "never"]
     assert [row["prompt_id"] for row in rows] == ["p1", "p2", "p3"]
     assert bench.summary == {
-        "yield": {"prompts": 3, "tagged": 2}, "lost": {"no answer of the tagger could be read in 3 attempts": 1},
+        "yield": {"prompts": 3, "tagged": 2}, "lost": {"no answer could be read in 3 attempts": 1},
         "turns": 3, "retried": 2, "failed_turns": 1, "partly_tagged": 0, "unique_tags": 2, "tags_not_in_latin": 0,
         "tags_per_prompt": 1.0, "top_tags": {"b": 2, "a": 1},
     }  # fmt: skip
