@@ -37,7 +37,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 """The steps from a sample to a demonstration where tests are written, and why a sample is lost at each."""
 
 
-class AgreedConfig(WrittenTestsConfig, AgreementConfig):
+class AgreedConfig(AgreementConfig, WrittenTestsConfig):
     """Settings of `execute` that count where `tests=written`."""
 
 

@@ -43,7 +43,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 """The steps from a sample to a demonstration where tests are given, and why a sample is lost at each."""
 
 
-class ExecuteConfig(PooledConfig, AgreedConfig):
+class ExecuteConfig(AgreedConfig, PooledConfig):
     """Settings of `execute`."""
 
     samples: int = Field(
@@ -68,10 +68,10 @@ def run(config: ExecuteConfig, inputs: Mapping[str, Table | ModelRef], tools: To
     assert isinstance(table, Table)
     if config.tests == "written" and "tester" not in tools.engines:
         raise RecipeError(
-            "execute: tests=written needs the engine `tester`, which writes them; it may be the sampler's model"
+            "tests=written needs the engine `tester`, which writes them; it may be the sampler's model"
         )
     if config.tests == "reference" and "tester" in tools.engines:
-        raise RecipeError("execute: the engine `tester` writes tests only with tests=written; set it, or leave it out")
+        raise RecipeError("the engine `tester` writes tests only with tests=written; set it, or leave it out")
     summary: dict[str, Any] = {}
     return Result(_rows(config, table, tools, summary), summary)
 

@@ -42,7 +42,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 """The steps from a sample to a demonstration, and why a sample is lost at each."""
 
 
-class RejectConfig(PooledConfig, RoundsConfig, JudgeConfig):
+class RejectConfig(JudgeConfig, RoundsConfig, PooledConfig):
     """Settings of `reject`."""
 
     samples: int = Field(
