@@ -67,9 +67,7 @@ def run(config: ExecuteConfig, inputs: Mapping[str, Table | ModelRef], tools: To
     table = inputs["prompts"]
     assert isinstance(table, Table)
     if config.tests == "written" and "tester" not in tools.engines:
-        raise RecipeError(
-            "tests=written needs the engine `tester`, which writes them; it may be the sampler's model"
-        )
+        raise RecipeError("tests=written needs the engine `tester`, which writes them; it may be the sampler's model")
     if config.tests == "reference" and "tester" in tools.engines:
         raise RecipeError("the engine `tester` writes tests only with tests=written; set it, or leave it out")
     summary: dict[str, Any] = {}

@@ -23,7 +23,7 @@ def entry_point(instruction: str, programs: Sequence[str]) -> str:
         counts.update(names)
         for place, name in enumerate(names):
             last[name] = max(place, last.get(name, 0))
-    named = set(re.findall(r"\w+", instruction))
+    named = set(re.findall(r"[^\W\d]\w*", instruction, re.ASCII))
     if counts:
         return max(counts, key=lambda name: (counts[name], name in named, last[name]))
     given = list(_functions(extract_code(instruction)))  # the head of a function that programs go on from

@@ -255,6 +255,7 @@ def test_the_function_under_test_is_the_one_that_most_programs_define() -> None:
         entry_point("Write it.", [f"{helper}def run(x):\n    return helper(x)", "def run(x):\n    return x"]) == "run"
     )
     assert entry_point("Write run(x).", ["def run(x):\n    return x", "def other(x):\n    return x"]) == "run"
+    assert entry_point("编写函数run(x)。", ["def run(x):\n    return x", "def other(x):\n    return x"]) == "run"
     assert entry_point("Write it.", [f"{helper}def go(x):\n    return helper(x)"]) == "go"
     head = 'def f(x):\n    """Adds one."""\n'
     assert entry_point(head, ["    return x + 1"]) == "f" and given_code(head, "f") == head
