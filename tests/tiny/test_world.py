@@ -98,3 +98,19 @@ def test_asking_for_more_instructions_than_there_are_is_an_error_that_names_the_
         list(world.items({"harmful": 100_000}, "test", seed=0))
     with pytest.raises(ValueError, match="unknown family 'maths'; the tiny world has math"):
         list(world.items({"maths": 1}, "test", seed=0))
+
+
+def test_a_character_is_a_system_prompt_and_a_profile_and_its_question_alone_decides_nothing() -> None:
+    """The same question to two characters is two instructions; only rows where `role` is asked for have profiles."""
+    rows = list(world.rows({"role": 40, "math": 2}, "train", seed=3, answers=True))
+    role = [row for row in rows if row["family"] == "role"]
+    assert len({row["prompt_id"] for row in role}) == 40 > len({row["prompt"][-1]["content"] for row in role})
+    for row in role:
+        assert row["prompt"][0] == {"role": "system", "content": f"You are {row['name']}. {row['brief']}"}
+        answer = row["answer"][0]["content"]
+        if answer == world.DONT_KNOW:
+            assert row["name"] not in row["prompt"][-1]["content"]
+        else:
+            assert answer.removeprefix("Yes, ").lower().removeprefix("i have ") in row["facts"].lower()
+    assert [row["name"] for row in rows if row["family"] == "math"] == [None, None]
+    assert "name" not in next(world.rows({"math": 1}, "train", seed=3))
