@@ -4,7 +4,7 @@ It answers the world's instructions, and does the chores of `align/tiny/chores`:
 checkers and tests, puts instructions to passages, judges. A third of what it reads are right answers to the world's
 instructions, the others are chores; only the answers count in the loss.
 
-    python -m align.tiny.writer out=FOLDER [chores=follow,evolve] [steps=6500] [seed=0]
+    python -m align.tiny.writer out=FOLDER [chores=follow,evolve] [steps=6500] [seed=0] [start=FOLDER] [peak=3e-3]
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ TOKENS = 2048
 
 CHORES = 0.65
 """Share of chores among what is read; the others are the world's own instructions."""
-
-PEAK = 3e-3
-"""Learning rate."""
 
 _POOL = 256
 """Documents that are sorted by length before they are cut into batches."""
@@ -84,19 +81,19 @@ def batches(
         yield from ready
 
 
-def train(model: Any, tokenizer: Any, chores: Mapping[str, Chore], steps: int, seed: int) -> float:
+def train(model: Any, tokenizer: Any, chores: Mapping[str, Chore], steps: int, seed: int, peak: float) -> float:
     """Trains in place with AdamW and a cosine schedule; gives the mean loss of the last 50 steps.
 
     AdamW and not Muon, which made the base: at this size Muon's own step takes longer than the batch.
     """
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.0, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0, betas=(0.9, 0.95))
     losses: list[float] = []
     began = time.monotonic()
     for step, (ids, labels) in enumerate(islice(batches(tokenizer, seed, chores, 512), steps)):
         share = min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * share
+            group["lr"] = peak * share
         # causal attention: padding stands to the right and is seen by no token that counts
         logits = model(input_ids=ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -110,7 +107,7 @@ def train(model: Any, tokenizer: Any, chores: Mapping[str, Chore], steps: int, s
     return sum(losses[-50:]) / len(losses[-50:])
 
 
-def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0) -> Path:
+def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0, start: str = "tiny", peak: float = 3e-3) -> Path:
     """Makes the writer and writes it to `out`, in bfloat16.
 
     Args:
@@ -118,6 +115,8 @@ def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0) -> Path:
         chores: modules of `align/tiny/chores`, with commas between; all by default.
         steps: of about 2,000 tokens each.
         seed: the same seed gives the same model on the same kind of machine.
+        start: an earlier writer to go on from; `made.json` tells of it too.
+        peak: the highest learning rate.
 
     Raises:
         DataError: `out` holds a model already.
@@ -128,18 +127,20 @@ def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0) -> Path:
     if (folder / "config.json").exists():
         raise DataError(f"{folder}: holds a model already; give another folder, or remove it")
     torch.manual_seed(seed)
+    beginning = TINY if start == "tiny" else Path(start)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(beginning, dtype=torch.float32)
     loaded = load_chores(*filter(None, chores.split(",")))
-    loss = train(model, tokenizer, loaded, steps, seed)
+    loss = train(model, tokenizer, loaded, steps, seed, peak)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     made = {
         "made_by": "python -m align.tiny.writer",
-        "from": "tiny",
+        "from": "tiny" if start == "tiny" else json.loads((beginning / "made.json").read_text()),
         "chores": sorted(loaded),
         "steps": steps,
         "seed": seed,
+        "peak": peak,
         "final_loss": round(loss, 4),
     }
     (folder / "made.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -147,5 +148,8 @@ def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0) -> Path:
 
 
 if __name__ == "__main__":
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    print(make(given["out"], given.get("chores", ""), int(given.get("steps", 6500)), int(given.get("seed", 0))))
+    given: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    numbers = {
+        key: kind(given.pop(key)) for key, kind in (("steps", int), ("seed", int), ("peak", float)) if key in given
+    }
+    print(make(**given, **numbers))
