@@ -102,7 +102,7 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
             prompts=prompts, pairs=pairs_given, by_family=dict(sorted(families.items())), outcome=dict(counts),
             mean_margin=round(margins / pairs_given, 4) if pairs_given else None,
             **{"yield": {"prompts": prompts, "prompts with a pair": counts["paired"], "pairs": pairs_given}},
-            lost={_LOST.get(why, why.replace("split_", "prompt of the split ")): count for why, count in counts.most_common() if why != "paired" and count},
+            lost={_lost(why): count for why, count in counts.most_common() if why != "paired" and count},
         )  # fmt: skip
     if not pairs_given:
         raise DataError(
@@ -172,6 +172,10 @@ _LOST = {
     "rejected_does_not_run": "pair whose rejected program does not run, past max_broken_share",
 }
 """What became of prompts and completions (`reward.pairs.make_pairs`), in the words of the card."""
+
+
+def _lost(why: str) -> str:
+    return _LOST.get(why, why.replace("split_", "prompt of the split "))
 
 
 STAGE = Stage(

@@ -149,7 +149,6 @@ def make(out: str, chores: str = "", steps: int = 6500, seed: int = 0, start: st
 
 if __name__ == "__main__":
     given: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    numbers = {
-        key: kind(given.pop(key)) for key, kind in (("steps", int), ("seed", int), ("peak", float)) if key in given
-    }
-    print(make(**given, **numbers))
+    for key, kind in (("steps", int), ("seed", int), ("peak", float)):
+        given |= {key: kind(given[key])} if key in given else {}
+    print(make(**given))
