@@ -116,7 +116,7 @@ def augmented(
     values = ({"seeds": some, "count": str(config.new)} for some in shown)
     asked = ((None, [Question(_chat(template, each), read_lines)]) for each in values)
     warm = _params(config, tools, config.temperature)
-    for _, (answers,) in ask_each(tools.engines["writer"], asked, warm, config.attempts, config.answers):
+    for _, (answers,) in ask_each(tools.engines["writer"], asked, warm, config.attempts, config.answers, whole=True):
         for answer in answers:
             budget.count(answer.value is None, answer.problem)
             for line in answer.value or ():

@@ -84,7 +84,7 @@ class ConstraintsConfig(PresetConfig):
     temperature: float = Field(
         0.8, ge=0, le=5, description="sampling temperature of new constraints and functions; all else is asked greedily"
     )
-    max_tokens: int = Field(1024, ge=1, description="most new tokens of an answer; one cut off is not read")
+    max_tokens: int = Field(4096, ge=1, description="most new tokens of an answer; one cut off is not read")
     attempts: int = Field(3, ge=1, description="samples asked for until an answer can be read")
     json_answers: bool = Field(
         False, description="let the models write nothing but JSON where JSON is asked for; only for engines with "

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from align.core.asking import MalformedError
-from align.core.engines.base import Prompt
+from align.core.engines.base import Completion, Prompt
 from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError
 from align.core.records import COLUMNS, Kind
@@ -188,6 +188,19 @@ def test_new_constraints_are_asked_for_with_the_seeds_and_those_known_or_too_lon
         ("Use no digits.", "new"),
     ]
     assert bench.summary["lines"] == {"new": 1, "repeated": 2, "too long": 1}
+
+
+def test_new_constraints_that_were_cut_off_are_not_read(bench: Bench) -> None:
+    """Else half a sentence would be a constraint."""
+
+    def answer(prompt: Any, index: int) -> str | Completion:
+        text = prompt[0]["content"]
+        if "Some such demands" in text:
+            return Completion("Use no digits.\nUse at lea", (1, 2), "length")
+        return written(UPPER) if "Write a Python function" in text else "A sentence."
+
+    rows = bench.run(STAGE, settings(new=2), {"writer": ScriptedEngine(answer), "judge": a_judge()})
+    assert [row["constraint"] for row in rows] == ["Use capitals."]
 
 
 def test_seeds_may_be_shown_some_at_a_time_and_each_request_answered_several_times(bench: Bench) -> None:

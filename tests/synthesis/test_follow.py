@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,25 @@ from align.core.errors import DataError, EngineError
 from align.core.records import COLUMNS, Kind, Row
 from data_synthesis.follow import STAGE, FollowConfig
 from data_synthesis.pair import STAGE as PAIR
+from reward.verifiers import Verifiers
 
 from .conftest import Bench, a_completion, a_prompt
 from .kills import assert_survives_kills
 
 UPPER = "def evaluate(s): return s.isupper()"
 SHORT = "def evaluate(s): return len(s) < 9"
+
+
+@pytest.fixture(scope="module")
+def verifiers() -> Iterator[Verifiers]:
+    with Verifiers({"cpu_s": 5.0}) as started:
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def one_sandbox(verifiers: Verifiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests share one: starting it takes longer than all that runs in it."""
+    monkeypatch.setattr("data_synthesis.follow.Verifiers", lambda *settings: nullcontext(verifiers))
 
 
 def constrained(number: int, query: str = "Name a colour.", before: Any = (), **more: Any) -> Row:
@@ -141,7 +156,9 @@ def test_pairs_of_autoif_reject_only_what_no_function_accepts(bench: Bench) -> N
         bench.run(PAIR, {"max_rejected": 0.0}, completions=completions[:3])
 
 
-def test_a_killed_run_goes_on_without_sampling_anything_twice(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_without_sampling_anything_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # a fork of this process can't use its sandbox
+
     def answer(prompt: Prompt, index: int) -> str:
         return ["RED", "red", "BLUE"][index % 3]
 
