@@ -35,7 +35,7 @@ def give_ranks(group: Group, config: RankConfig, rankers: Sequence[Ranker]) -> N
             row |= {"verdict": "error", "detail": f"not ranked: no {config.by.replace('_', ' ')} could tell"}
         else:
             ties = sum(rank == ranks[place] for rank in ranks) - 1
-            tied = f", as {ties} more" if ties else ""
+            tied = f", tied with {ties} more" if ties else ""
             row |= {"verdict": "failed", "detail": f"rank {ranks[place]} of {len(group.ids)}{tied}"}
 
 

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from align.core.engines.base import Completion, Prompt
 from align.core.engines.scripted import ScriptedEngine
-from align.core.errors import DataError, EngineError
-from align.core.records import Row
+from align.core.errors import DataError, EngineError, RecipeError
+from align.core.records import Kind, Row
+from align.recipe import load_stage
 from data_synthesis.demonstrate import STAGE as DEMONSTRATE
 from data_synthesis.pair import STAGE as PAIR
 from data_synthesis.rank import STAGE
@@ -398,3 +399,11 @@ def test_a_reward_model_ranks_by_its_scores_and_its_gate_decides_whether_the_bes
     ]
     assert [row["verdict"] for row in group.rows] == ["failed", verdict, "failed"]
     assert ("gate does not believe it" in group.rows[1]["detail"]) == (verdict == "failed")
+
+
+def test_annotations_may_be_missing_when_a_recipe_is_checked_and_other_files_may_not(bench: Bench) -> None:
+    bench.table(completions(1, "a", "b"), Kind.COMPLETIONS)
+    given = [f"completions={bench.folder / 'table1'}", "by=people", f"out={bench.folder / 'out'}"]
+    load_stage("rank", [*given, "annotations=[later.jsonl]"])
+    with pytest.raises(RecipeError, match=r"compare_template: 'missing\.txt': there is no such file"):
+        load_stage("rank", [*given, "compare_template=missing.txt"])
