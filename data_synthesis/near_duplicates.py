@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from align.core.overlap import run_hashes, run_places, word_hashes
 from align.core.text import stable_hash
+from align.core.word_hashes import run_hashes, run_places, word_hashes
 
 HASHES = 128
 BANDS = 32

@@ -25,6 +25,15 @@ from data_synthesis.near_duplicates import later_duplicates, signatures
 
 _KEPT = ("prompt_id", "prompt", "split", "source", "source_row", "task", "family", "reference")
 
+_LOST = {
+    "too_long": "longer than max_prompt_chars",
+    "in_against": "in the data of `against`",
+    "held_out_elsewhere": "a copy of a held-out prompt",
+    "duplicates": "the same as one before",
+    "near_duplicates": "nearly the same as one before, held out, or in `against`",
+}
+"""Why prompts are dropped, by the counts of the summary."""
+
 
 class PromptsConfig(StageConfig):
     """Settings of `prompts`."""
@@ -101,6 +110,8 @@ def _rows(config: PromptsConfig, tools: Tools, summary: dict[str, Any]) -> Itera
         else:
             counts[reason] += 1
         tools.progress.advance(1, kept=counts["kept"])
+    summary["yield"] = {"read": counts["read"], "kept": counts["kept"]}
+    summary["lost"] = {_LOST[name]: count for name, count in counts.items() if name in _LOST}
     summary.update(counts, unreadable=len(unreadable), **{f"by_{name}": dict(c) for name, c in per.items()})
     if not counts["kept"]:
         why = ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "the sources are empty"

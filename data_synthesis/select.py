@@ -39,11 +39,9 @@ from align.core.store import ModelRef, Table
 from align.core.text import words
 from data_synthesis.sampling import ErrorBudget, last_user_text
 from data_synthesis.selection import I64, Part, Pool, complexity_first, mixed, parts_of, top_counts
+from data_synthesis.selection_figures import TOP, figures, mixture_figures
 from data_synthesis.tag_levels import atomic_tags, parents_in, root_of
 from reward.judge import Judge, JudgeConfig
-
-TOP = 30
-"""Tags counted before and after in the summary, for the report's chart."""
 
 
 class SelectConfig(JudgeConfig):
@@ -112,7 +110,7 @@ def run(config: SelectConfig, inputs: Mapping[str, Table | ModelRef], tools: Too
             f"{' of the ontology' if ontology else ''}, or the judge finds none complete; look at the summary of "
             "`tag`, or take method=random"
         )
-    summary = figures(config, pool, allowed, chosen, len(set(atomic.values())) if atomic else None)
+    summary = figures(config.method, pool, allowed, chosen, len(set(atomic.values())) if atomic else None)
     if parts:
         summary["mixture"] = mixture_figures(parts, len(chosen), several)
     return Result(_selected(table, pool, chosen, completeness), summary)
@@ -159,75 +157,6 @@ def complete(completeness: NDArray[np.float64], config: SelectConfig) -> NDArray
     """Which instructions the judge passes; one without a score is not passed."""
     least = (config.judge_threshold - config.judge_lowest) / (config.judge_highest - config.judge_lowest)
     return np.nan_to_num(completeness, nan=-1.0) >= least - 1e-9
-
-
-def figures(
-    config: SelectConfig, pool: Pool, allowed: I64, chosen: Sequence[int], ontology_size: int | None
-) -> dict[str, Any]:
-    """Figures before and after. Coverage is of the ontology's tags, or of those in the pool."""
-    before, after = pool.counts(), pool.counts(chosen)
-    all_tags = ontology_size or len(pool.names)
-    top = sorted(range(len(pool.names)), key=lambda n: (-before[n], pool.names[n]))[:TOP]
-    qualify = int((pool.complexity[allowed] > 0).sum()) if config.method == "complexity_first" else len(allowed)
-    lost = {
-        **pool.skipped,
-        "the judge finds it incomplete": len(pool) - len(allowed),
-        "untagged": len(allowed) - qualify,
-        "not selected": qualify - len(chosen),
-    }
-    return {
-        "yield": {
-            "read": len(pool) + pool.skipped.total(), "pool": len(pool), "complete": len(allowed), "tagged": qualify,
-            "selected": len(chosen),
-        },
-        "lost": {why: count for why, count in lost.items() if count},
-        "pool": len(pool),
-        "selected": len(chosen),
-        "candidates": len(allowed),
-        "untagged": int((pool.complexity == 0).sum()),
-        "skipped": dict(pool.skipped),
-        "tags": all_tags,
-        "coverage_before": round(int((before > 0).sum()) / all_tags, 4) if all_tags else None,
-        "coverage_after": round(int((after > 0).sum()) / all_tags, 4) if all_tags else None,
-        "complexity_before": round(float(pool.complexity.mean()), 4),
-        "complexity_after": round(float(pool.complexity[list(chosen)].mean()), 4),
-        "richness_before": round(float(pool.richness.mean()), 4),
-        "richness_after": round(float(pool.richness[list(chosen)].mean()), 4),
-        "tags_before": {pool.names[n]: int(before[n]) for n in top},
-        "tags_after": {pool.names[n]: int(after[n]) for n in top},
-        "by_top_level_tag": top_figures(pool, before, after, chosen),
-    }  # fmt: skip
-
-
-def top_figures(pool: Pool, before: I64, after: I64, chosen: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Of the commonest top-level tags: instructions and coverage of the tags under it, before and after."""
-    width = len(pool.tops)
-    tags = np.bincount(pool.roots, minlength=width)
-    reached = np.bincount(pool.roots[after > 0], minlength=width)
-    pool_counts, counts = top_counts(pool), top_counts(pool, chosen)
-    order = sorted(range(width), key=lambda top: (-pool_counts[top], pool.tops[top]))[:TOP]
-    return {
-        pool.tops[top]: {
-            "instructions_before": int(pool_counts[top]), "instructions_after": int(counts[top]),
-            "tags": int(tags[top]), "coverage_after": round(int(reached[top]) / int(tags[top]), 4),
-        }
-        for top in order
-    }  # fmt: skip
-
-
-def mixture_figures(parts: Mapping[str, Part], selected: int, several: int) -> dict[str, Any]:
-    """What the target mixture came to; `missing` is what a part lacks of its share of `count`."""
-    return {
-        "parts": {
-            name: {
-                "share": round(part.share, 4), "wanted": part.wanted, "in_pool": len(part.places),
-                "selected": len(part.chosen), "selected_share": round(len(part.chosen) / selected, 4),
-                "missing": max(0, part.wanted - len(part.chosen)),
-            }
-            for name, part in parts.items() if part.share > 0 or part.chosen
-        },
-        "instructions_with_several_top_level_tags": several,
-    }  # fmt: skip
 
 
 def judged(config: SelectConfig, table: Table, pool: Pool, tools: Tools) -> NDArray[np.float64]:

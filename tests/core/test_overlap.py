@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.core import overlap
-from align.core.overlap import Index, common_lengths, run_hashes, run_places, word_hashes
+from align.core import word_hashes as hashing
+from align.core.overlap import Index, common_lengths
 from align.core.text import ngrams, words
+from align.core.word_hashes import run_hashes, run_places, word_hashes
 
 TEXTS = ["One two, THREE!", "", "two’s — three", "请列出three水果", "über-Straße", "...", "x" * 30, "₂ﬁ・_two"]
 
@@ -39,12 +40,12 @@ def test_a_texts_hashes_do_not_depend_on_the_texts_beside_it(texts: list[str]):
 def test_long_texts_and_long_words_are_hashed_as_short_ones(monkeypatch):
     texts = ["a bb ccc " * 20, "d" * 200 + " bb", "ccc"]
     whole = hashes_of(texts)
-    monkeypatch.setattr(overlap, "PIECE", 16)
+    monkeypatch.setattr(hashing, "PIECE", 16)
     assert hashes_of(texts) == whole
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from align.core.overlap import word_hashes; print(word_hashes(['one two'])[0].tolist())"
+    code = "from align.core.word_hashes import word_hashes; print(word_hashes(['one two'])[0].tolist())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(word_hashes(["one two"])[0].tolist())
 

@@ -12,7 +12,8 @@ from align.core.engines.scripted import ScriptedEngine
 from align.core.errors import DataError, EngineError
 from align.core.records import Kind, Row
 from align.tiny.chores.probe import CHORES
-from data_synthesis.probe_tags import NEEDS, STAGE, TEMPLATES, Tagged, consistency_probes, precision_probes
+from data_synthesis.probe_tags import NEEDS, STAGE, TEMPLATES
+from data_synthesis.tag_probes import Tagged, consistency_probes, precision_probes
 from reward.agreement import wilson
 from tests.synthesis.conftest import Bench, a_prompt
 from tests.synthesis.kills import assert_survives_kills

@@ -36,6 +36,7 @@ def test_a_file_becomes_prompts_with_all_columns_and_counts_of_each_step(bench: 
     assert set(COLUMNS[Kind.PROMPTS]) <= set(rows[0])
     assert [row["family"] for row in rows] == ["exact", "exact"]
     assert bench.summary == {
+        "yield": {"read": 4, "kept": 2}, "lost": {"longer than max_prompt_chars": 1, "the same as one before": 1},
         "licenses": {}, "read": 4, "kept": 2, "duplicates": 1, "too_long": 1, "unreadable": 0,
         "by_split": {"train": 2}, "by_task": {"exact": 2}, "by_family": {"exact": 2},
     }  # fmt: skip

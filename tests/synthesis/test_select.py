@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_synthesis.select import STAGE, SelectConfig, richness
 from data_synthesis.selection import complexity_first, quotas
 
 from .conftest import Bench, a_prompt
+from .kills import assert_survives_kills
 
 
 def selected(rows: list[str] | list[set[int]], count: int) -> list[int]:
@@ -245,3 +247,11 @@ def test_quotas_are_whole_numbers_that_add_up() -> None:
     assert quotas([1 / 3, 1 / 3, 1 / 3], 10) == [4, 3, 3]
     assert quotas([0.5, 0.3, 0.2], 7) == [4, 2, 1]  # 3.5, 2.1, 1.4
     assert quotas([0.0, 0.0], 7) == [0, 0]
+
+
+def test_the_judging_of_intents_survives_kills(tmp_path: Path) -> None:
+    def judge(prompt: Any, index: int) -> str:
+        return str(1 + len(prompt[0]["content"]) % 10)
+
+    settings = {"count": 3, "judge_threshold": 1.0}
+    assert len(assert_survives_kills(tmp_path, "select", settings, {"prompts": pool()}, {"judge": judge})) == 3
