@@ -46,11 +46,14 @@ MOST_MB = 4096
 class Silent:
     """A progress that says nothing."""
 
-    def start(self, total: int | None, unit: str) -> None: ...
+    def start(self, total: int | None, unit: str) -> None:
+        """Nothing."""
 
-    def advance(self, by: int = 1, **figures: float | int | str) -> None: ...
+    def advance(self, by: int = 1, **figures: float | int | str) -> None:
+        """Nothing."""
 
-    def say(self, line: str) -> None: ...
+    def say(self, line: str) -> None:
+        """Nothing."""
 
 
 def make_pool(folder: Path, rows: int, unique: int) -> None:
@@ -85,7 +88,7 @@ def whole(folder: Path, min_count: int) -> Callable[[], Any]:
 
 
 def vectors(count: int) -> Any:
-    """Unit vectors that are spread as those of a sentence model: some directions hold more, half the points in pairs."""
+    """Unit vectors spread as those of a sentence model are: some directions hold more, and many points have a twin."""
     rng = np.random.default_rng(SEED)
     spread = np.arange(1, 385) ** -0.5
     points = rng.normal(size=(count // 2, 384)) * spread

@@ -115,4 +115,5 @@ def _joined(labels: NDArray[np.int32], left: list[Places], right: list[Places]) 
     _, numbers = connected_components(graph, directed=False)
     firsts = np.full(count, count, dtype=np.int32)
     np.minimum.at(firsts, numbers, np.arange(count, dtype=np.int32))
-    return firsts[numbers]
+    joined: NDArray[np.int32] = firsts[numbers]
+    return joined

@@ -40,6 +40,8 @@ from data_synthesis.top_level import TopLevelConfig, grouped, root_of
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 200
+TOP = 30
+"""Tags listed in the summary, for the report's chart."""
 TOLD = 20
 """Edits that could not be applied that are told one by one."""
 
@@ -141,7 +143,7 @@ def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: T
         "merged by a person": sizes["association"] - dropped - sizes["refined"],
         "dropped by a person": dropped,
     }
-    summary = {
+    summary: dict[str, Any] = {
         "tags": sizes,
         "yield": sizes,
         "lost": {reason: count for reason, count in lost.items() if count},
@@ -152,11 +154,10 @@ def run(config: OntologyConfig, inputs: Mapping[str, Table | ModelRef], tools: T
         "levels": max((_depth(tag, parents) for tag in parents), default=0),
         "top_level": {row["tag"]: row["count"] for row in rows if row["parent"] is None},
         "vectors": config.embedding or "character n-grams (weaker: they see spelling, not meaning)",
-        "top_tags": {row["tag"]: row["count"] for row in rows if row["members"]},
+        "top_tags": {row["tag"]: row["count"] for row in [row for row in rows if row["members"]][:TOP]},
     }
     if "namer" in tools.engines:
         summary["ungrouped"] = ungrouped
-    summary["top_tags"] = dict(list(summary["top_tags"].items())[:30])
     return Result(iter(rows), summary)
 
 

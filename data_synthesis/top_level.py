@@ -23,6 +23,7 @@ from pydantic import Field
 from align.core.asking import MalformedError, Question, ask_each, fill, load_templates
 from align.core.engines.base import Engine, SamplingParams
 from align.core.errors import EngineError
+from align.core.records import Messages
 from align.core.stage import StageConfig, Tools
 from data_synthesis.refinements import Applied
 from data_synthesis.sampling import ErrorBudget
@@ -155,9 +156,9 @@ def ask_for_groups(
     """
     shown = sorted(counts, key=lambda tag: (-counts[tag], tag))[:SHOWN]
     listed = "\n".join(f"{tag} ({counts[tag]})" for tag in shown)
-    prompt = [{"role": "user", "content": fill(template, {"tags": listed, "count": str(most)})}]
+    prompt: Messages = [{"role": "user", "content": fill(template, {"tags": listed, "count": str(most)})}]
     schema = _schema("groups", {"type": "array", "items": {"type": "string"}}) if as_json else None
-    question = Question(prompt, lambda text: read_groups(text, most), schema)  # type: ignore[arg-type]
+    question = Question(prompt, lambda text: read_groups(text, most), schema)
     ((_, ((answer,),)),) = ask_each(engine, [(None, [question])], params, attempts)
     if answer.value is None:
         raise EngineError(

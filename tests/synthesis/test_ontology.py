@@ -348,6 +348,7 @@ def test_the_categories_of_real_instructions_make_an_ontology_with_levels(bench:
     rows = bench.run(STAGE, settings, prompts=pool)
     assert bench.summary["tags"]["raw"] > 200 and bench.summary["levels"] >= 2
     by_tag = {row["tag"]: row for row in rows}
-    assert by_tag["classification"]["count"] == 25 and by_tag["generation"]["count"] >= 150
+    for tag in ("classification", "generation"):
+        assert by_tag[tag]["count"] == sum(tag in row["tags"] for row in pool) > 20
     top = [row["tag"] for row in rows if row["parent"] is None]
     assert len(top) <= round(len(rows) ** 0.5) + 1
