@@ -163,7 +163,7 @@ def _facts(value: Any) -> str:
         try:
             value = json.loads(value)
         except ValueError:
-            return value.strip()
+            return str(value).strip()
     if isinstance(value, list):
         return "\n".join(str(fact).strip() for fact in value if str(fact).strip())
     return str(value or "").strip()

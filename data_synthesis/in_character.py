@@ -63,7 +63,8 @@ class Checks:
             for dialogue, completions in groups
         ]
         if self.judge is None:
-            yield from ((dialogue, [(*pair, None) for pair in pairs]) for dialogue, pairs in ruled)
+            for dialogue, pairs in ruled:
+                yield dialogue, [(completion, verdict, None) for completion, verdict in pairs]
             return
         judge, config = self.judge, self.judge.config
         asked = (
