@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -154,8 +153,8 @@ def _sampled(
     while block := list(islice(rows, BLOCK)):
         groups: list[list[Row]] = [[] for _ in block]
         for engine in tools.all_of("sampler"):
-            for number, temperature in enumerate(config.temperatures or [config.temperature]):
-                params = replace(config.params(tools.seed), temperature=temperature)
+            for number, temperature in enumerate(config.temperatures):
+                params = config.params(tools.seed, temperature)
                 answers = sampled(block, engine, config.samples, params, number * config.samples)
                 for group, (row, completions) in zip(groups, answers, strict=True):
                     for completion in completions:
@@ -191,7 +190,7 @@ def _given(config: RankConfig, table: Table, tools: Tools, skipped: Counter[str]
 
 def asks(config: RankConfig) -> dict[str, Asks]:
     """Every sample of one engine; every comparison or score of as many completions, and the score of the best."""
-    samples = config.samples * max(1, len(config.temperatures))
+    samples = config.samples * len(config.temperatures)
     ranks = "judge" in (config.by, *config.also)
     questions = samples * (samples - 1) if config.judging == "pairs" else samples
     questions = questions * ranks + ("judge" in config.must_meet and not (ranks and config.judging == "scores"))

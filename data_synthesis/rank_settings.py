@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_synthesis.sampling import SamplingConfig
+from data_synthesis.sampling import PooledConfig, Temperature
 from reward.judged import JudgedConfig
 
 By = Literal["judge", "reward_model", "people"]
 Criterion = Literal["judge", "reward_model", "people", "verifier"]
 
 
-class RankConfig(SamplingConfig, JudgedConfig):
+class RankConfig(PooledConfig, JudgedConfig):
     """Settings of `rank`."""
 
     by: Literal["judge", "reward_model", "people", "nobody"] = Field(
@@ -44,8 +44,8 @@ class RankConfig(SamplingConfig, JudgedConfig):
         [], description="files in which people ranked the completions, made by `align rank --serve` or `--import`"
     )
     samples: int = Field(2, ge=1, description="completions of each engine at each temperature")
-    temperatures: list[float] = Field(
-        [0.7, 1.0], description="temperatures that every engine samples at; where none is given, `temperature` alone"
+    temperature: Temperature | Annotated[list[Temperature], Field(min_length=1)] = Field(
+        [0.7, 1.0], description="sampling temperature, or several that every engine samples at"
     )
     keep: int = Field(1, ge=1, description="most completions of a prompt that are kept, where several are the best")
 
@@ -59,8 +59,6 @@ class RankConfig(SamplingConfig, JudgedConfig):
             raise ValueError("annotations are given and nobody reads them; set by=people, or also=[people]")
         if "people" in (self.criteria or []) and "people" not in (self.by, *self.also):
             raise ValueError("criteria=[people] needs people who rank; set by=people, or also=[people]")
-        if any(not 0 <= temperature <= 5 for temperature in self.temperatures):
-            raise ValueError(f"temperatures are from 0 to 5, found {self.temperatures}")
         return self
 
     @property

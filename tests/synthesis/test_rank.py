@@ -239,7 +239,7 @@ def test_several_models_and_temperatures_answer_each_prompt(bench: Bench) -> Non
 
 def test_nobody_only_samples(bench: Bench) -> None:
     answers = ScriptedEngine(["a", Completion("", (), "error", error="down")])
-    rows = bench.run(STAGE, {"by": "nobody", "temperatures": [], "max_error_share": 0.5}, {"sampler": answers},
+    rows = bench.run(STAGE, {"by": "nobody", "temperature": 0.7, "max_error_share": 0.5}, {"sampler": answers},
                      prompts=[a_prompt(1)])  # fmt: skip
     assert [(row["verdict"], row["reward"], row["temperature"]) for row in rows] == [
         (None, None, 0.7),
@@ -344,7 +344,7 @@ def test_what_is_missing_is_told(bench: Bench, settings: Any, engines: Any, prob
         ({"by": "nobody", "also": ["people"]}, "by=nobody ranks nothing"),
         ({"annotations": ["a.jsonl"]}, "nobody reads them"),
         ({"criteria": ["people"]}, "needs people who rank"),
-        ({"temperatures": [0.7, 9.0]}, "temperatures are from 0 to 5"),
+        ({"temperature": [0.7, 0.7]}, "the same temperature twice"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], problem: str) -> None:
