@@ -22,7 +22,7 @@ def fit(steps: Mapping[str, Step], problems: Problems) -> dict[str, Step]:
     ordered = _order(steps, problems)
     columns: dict[str, set[str]] = {}
     for name in list(ordered):
-        step = ordered[name] = _as_what_comes_in(ordered[name], ordered, problems)
+        step = ordered[name] = _as_what_comes_in(ordered[name], ordered)
         for input_name, sources in step.inputs.items():
             for source in sources:
                 if source.step in ordered:
@@ -36,7 +36,7 @@ def fit(steps: Mapping[str, Step], problems: Problems) -> dict[str, Step]:
     return ordered
 
 
-def _as_what_comes_in(step: Step, steps: Mapping[str, Step], problems: Problems) -> Step:
+def _as_what_comes_in(step: Step, steps: Mapping[str, Step]) -> Step:
     """The step with its stage made one of a single kind, where it gives back the kind that comes in (`gives_as`)."""
     stage = step.stage
     need = stage.needs[stage.gives_as] if stage.gives_as else None
@@ -47,10 +47,8 @@ def _as_what_comes_in(step: Step, steps: Mapping[str, Step], problems: Problems)
     first = sources[0]
     try:
         kind = kind_of_source(first.spec) if first.step is None else steps[first.step].stage.gives
-    except AlignError as problem:
-        problems.add(first.at, str(problem))
-    except KeyError:
-        return step  # it waits for a step that is in a loop, which is told
+    except (AlignError, KeyError):
+        return step  # data that can't be read, or a step in a loop: both are told elsewhere
     if kind not in need.kind:
         return step  # `_check` tells what was expected
     needs = {**stage.needs, stage.gives_as: replace(need, kind=kind)}
