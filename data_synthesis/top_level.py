@@ -191,7 +191,8 @@ def ask_for_group(
     def questions() -> Iterator[tuple[str, list[Question[str]]]]:
         for tag, example in tags:
             text = fill(template, {"groups": listed, "tag": tag, "example": example})
-            yield tag, [Question([{"role": "user", "content": text}], lambda said: read_group(said, choices), schema)]
+            prompt: Messages = [{"role": "user", "content": text}]
+            yield tag, [Question(prompt, lambda said: read_group(said, choices), schema)]
 
     for tag, ((answer,),) in ask_each(engine, questions(), params, attempts):
         budget.count(answer.value is None, answer.problem)
