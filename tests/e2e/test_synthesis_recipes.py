@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from align.core.errors import RecipeError
 from align.core.records import COLUMNS, Kind
 from align.core.store import SHIPPED
 from align.recipe import load_recipe
@@ -37,7 +38,7 @@ def test_a_synthesis_recipe_gives_something_to_train_on_and_says_what_became_of_
     align("run", recipe, "--out", tmp_path / "run")
     steps = load_recipe(recipe).steps
     ends = [name for name in ENDS if name in steps]
-    assert ends, "a recipe of this folder ends in `demonstrations`, in `preferences`, or in both"
+    assert ends or steps[list(steps)[-1]].stage.name == "select", "a recipe of this folder gives D, P, both, or a selection"
     for name in ends:
         found = rows(tmp_path / "run" / name)
         assert found and set(COLUMNS[ENDS[name]]) <= set(found[0])
@@ -57,4 +58,7 @@ def test_the_commands_in_a_recipes_head_name_settings_that_it_has(recipe: Path) 
     found = commands(recipe)
     assert found and all(words[2] == f"synthesis/{recipe.stem}" for words in found)
     for words in found:
-        assert load_recipe(recipe, words[3:]).steps
+        try:
+            assert load_recipe(recipe, words[3:]).steps
+        except RecipeError as wrong:  # files of the user's own can't be there; all else must be right
+            assert all("there is no such file" in problem for problem in wrong.problems), wrong
