@@ -38,7 +38,9 @@ def test_a_synthesis_recipe_gives_something_to_train_on_and_says_what_became_of_
     align("run", recipe, "--out", tmp_path / "run")
     steps = load_recipe(recipe).steps
     ends = [name for name in ENDS if name in steps]
-    assert ends or steps[list(steps)[-1]].stage.name == "select", "a recipe of this folder gives D, P, both, or a selection"
+    assert ends or steps[list(steps)[-1]].stage.name == "select", (
+        "a recipe of this folder gives D, P, both, or a selection"
+    )
     for name in ends:
         found = rows(tmp_path / "run" / name)
         assert found and set(COLUMNS[ENDS[name]]) <= set(found[0])
