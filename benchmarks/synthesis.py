@@ -72,9 +72,7 @@ ONLY_D, ONLY_P = ("demonstrations",), ("preferences",)
 METHODS: dict[str, Method] = {
     "reject": Method({"math": 400, "format": 400}),
     "execute": Method({"code": 100}),
-    "follow": Method(
-        {"format": 200}, step="queries", more={"simple": 1.0}, overrides=("steps.prompts.with.per_constraint=25",)
-    ),
+    "follow": Method({"format": 200}, more={"simple": 1.0}, overrides=("steps.constrained.with.per_constraint=25",)),
     "evolve": Method({"math": 120, "code": 60, "format": 120}, more={"simple": 1.0}),
     "repurpose": Method(
         {"math": 120, "code": 80, "format": 150, "benign": 80}, ONLY_D, "texts", {"answers": True}, policy=False
