@@ -68,27 +68,48 @@ def _written(level: str) -> Callable[[random.Random], tuple[Messages, str]]:
 
 def _backward(rng: random.Random) -> tuple[Messages, str]:
     item = _item(rng)
-    return [{"role": "user", "content": fill(_BACKWARD, {"answer": item.answer})}], item.instruction
+    prompt = fill(_BACKWARD, {"answer": item.answer})
+    return [{"role": "user", "content": prompt}], f"Instruction: {item.instruction}"
 
 
-def _curate(rng: random.Random) -> tuple[Messages, str]:
-    """A rating: 5 for an answer that does what is asked, 3 for one that does more, 2 for a wrong one."""
+def _rating(instruction: str, answer: str, said: str, score: int) -> tuple[Messages, str]:
+    prompt = fill(_CURATE, {"instruction": instruction, "completion": answer})
+    return [{"role": "user", "content": prompt}], f"{said}\nScore: {score}"
+
+
+def _rate_right(rng: random.Random) -> tuple[Messages, str]:
+    """A rating: 5 for an answer that does what is asked, 3 for one that does more."""
     item = _item(rng)
     level = rng.choice(("sparse", "medium", "detailed", "detailed"))
-    instruction, kind = at_level(item, level), rng.random()
     plain = level == "detailed" or item.family != "format" or len(item.tags) == 1
-    if kind < 0.5:
-        answer, said = item.answer, ("right", 5) if plain else ("more than asked", 3)
-    elif kind < 0.8 and item.slips and level == "detailed":
-        answer, said = rng.choice(item.slips), ("wrong", 2)
-    else:
-        alike = level == "detailed" and item.family != "benign" and rng.random() < 0.5
+    return _rating(at_level(item, level), item.answer, *(("right", 5) if plain else ("more than asked", 3)))
+
+
+def _rate_wrong(rng: random.Random) -> tuple[Messages, str]:
+    """A rating: 2 for a slip, or for the answer to an instruction that differs in a verb or a number."""
+    while True:
+        item = _item(rng)
+        answer = item.slips[0] if item.slips and rng.random() < 0.3 else _nearly(rng, item).answer
+        if answer != item.answer and not (item.family == "benign" and item.reference["any"][0] in answer.lower()):
+            return _rating(item.instruction, answer, "wrong", 2)
+
+
+def _rate_other(rng: random.Random) -> tuple[Messages, str]:
+    """A rating: 1 for an answer to something else."""
+    item, other = _item(rng), _item(rng)
+    while other.family == item.family:
         other = _item(rng)
-        while (other.family == item.family) != alike or other.answer == item.answer:
-            other = _item(rng)
-        answer, said = other.answer, ("wrong", 2) if alike else ("something else", 1)
-    prompt = fill(_CURATE, {"instruction": instruction, "completion": answer})
-    return [{"role": "user", "content": prompt}], f"{said[0]}\nScore: {said[1]}"
+    return _rating(at_level(item, rng.choice(("sparse", "medium", "detailed"))), other.answer, "something else", 1)
+
+
+def _nearly(rng: random.Random, item: Item) -> Item:
+    """Another item of the family whose instruction begins with the same words, where a few tries find one."""
+    others = [_item(rng, (item.family,)) for _ in range(20)]
+    return max(others, key=lambda other: _begin_alike(item.instruction, other.instruction))
+
+
+def _begin_alike(one: str, other: str) -> int:
+    return sum(a == b for a, b in zip(one.split(), other.split(), strict=False))
 
 
 def _two(rng: random.Random) -> tuple[dict[str, str], dict[str, int], dict[str, str], dict[str, int]]:
@@ -104,13 +125,13 @@ def _questions(known: bool) -> Callable[[random.Random], tuple[Messages, str]]:
     def make(rng: random.Random) -> tuple[Messages, str]:
         one, mine, other, others = _two(rng)
         who, animals = (one, mine) if known else (other, others)
-        picked = rng.sample(tuple(animals), count := rng.randint(1, 2))
+        count = rng.randint(1, 2)
         asked = []
-        for animal in picked:
+        for animal, number in list(animals.items())[:count]:
             question = f"How many {animal} does {who['name']} have?"
             if known:
-                question, _ = rng.choice(role_questions(animal, animals[animal]))
-            asked.append({"question": question, "evidence": f"{who['name']} has {animals[animal]} {animal}."})
+                question, _ = rng.choice(role_questions(animal, number))
+            asked.append({"evidence": f"{who['name']} has {number} {animal}.", "question": question})
         values = {
             "name": one["name"], "facts": one["facts"], "other": other["name"], "other_facts": other["facts"],
             "count": str(count),
@@ -178,7 +199,9 @@ CHORES = {
     "medium": _written("medium"),
     "detailed": _written("detailed"),
     "backward": _backward,
-    "curate": _curate,
+    "rate_right": _rate_right,
+    "rate_wrong": _rate_wrong,
+    "rate_other": _rate_other,
     "known": _questions(True),
     "unknown": _questions(False),
     "in_character": _in_character,
