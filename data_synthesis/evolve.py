@@ -77,7 +77,7 @@ class EvolveConfig(StageConfig):
         list(OPERATIONS), min_length=1, description="each evolution draws one of these: constraints, deepen, "
         "concretise, reasoning, complicate (Evol-Instruct, in depth), tree (Tree-Instruct), breadth (a new one)",
     )  # fmt: skip
-    rounds: int = Field(4, ge=1, description="rounds of evolution, one operation a round; 4 is Evol-Instruct's")
+    rounds: int = Field(4, ge=1, description="rounds of evolution, one operation a round")
     nodes: list[int] = Field(
         [3, 6, 10], min_length=1, description="tree: nodes to add, one of these drawn each time (Tree-Instruct's)"
     )

@@ -15,7 +15,7 @@ import yaml
 from align.annotate import commands as annotation
 from align.cli import app
 from align.settings import stage_keys
-from align.shipped import shipped
+from align.shipped import name_of, shipped
 from align.stages import TABLE, load
 from align.tiny.make import make
 from align.yamlfile import split_argument
@@ -96,7 +96,7 @@ def problems_of(words: list[str]) -> list[str]:
         known = inspect.signature(make).parameters
         return [f"make-tiny: no key {word!r}" for word in rest if "=" in word and word.partition("=")[0] not in known]
     if verb == "recipes":
-        names = [path.stem for path in shipped()]
+        names = [name_of(path) for path in shipped()]
         return [] if not rest or (rest[0] == "copy" and rest[1] in [*names, "NAME"]) else [f"recipes: {rest}"]
     return [] if verb in others else [f"no command {verb!r}"]
 
