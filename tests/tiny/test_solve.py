@@ -11,7 +11,7 @@ from reward.verifiers import Verifiers
 from tests.synthesis.conftest import Bench, a_prompt, bench  # noqa: F401
 
 
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("family", [family for family in MAKERS if family != "role"])  # of a profile, not solved
 def test_the_solver_finds_exactly_the_reference_of_the_worlds_items(family: str) -> None:
     """500 items, a third of them simple ones: task, family, reference, tags and split are the world's own."""
     rng = random.Random(f"solve/{family}")
