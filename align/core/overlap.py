@@ -16,6 +16,7 @@ import numpy.typing as npt
 from align.core.text import words
 from align.core.word_hashes import I64, PIECE, run_hashes, run_places, word_hashes
 
+_OTHERS = np.uint64(32)
 _FEWEST_SLOTS, _MOST_SLOTS = 1 << 16, 1 << 25
 _LAST_CODE = 0x10FFFF
 
@@ -79,6 +80,8 @@ class Index:
         lengths: words of each item, (items,).
         codes: every item as a text of one character a word, the most frequent words first in Unicode's order; so
             rapidfuzz compares them quickly.
+        bytes_: the same with one byte a word, which several words share; compared four times as quickly, and never
+            with less in common than there is.
     """
 
     def __init__(self, items: Sequence[str], n: int) -> None:
@@ -87,7 +90,9 @@ class Index:
         self.lengths = np.fromiter(map(len, split), dtype=np.int64, count=len(split))
         ranks = Counter(word for found in split for word in found).most_common()
         self._code = {word: chr(min(rank, _LAST_CODE)) for rank, (word, _) in enumerate(ranks, start=1)}
+        self._byte = {ord(code): 1 + (ord(code) - 1) % 255 for code in self._code.values()}
         self.codes = [self.coded(found) for found in split]
+        self.bytes_ = [code.translate(self._byte) for code in self.codes]
         hashes, bounds = word_hashes(items)
         places, owners = run_places(bounds, n)
         runs = run_hashes(hashes, n)[places] if len(places) else np.zeros(0, dtype=np.uint64)
@@ -99,7 +104,9 @@ class Index:
             slots *= 2
         self._mask = np.uint64(slots - 1)
         self._seen = np.zeros(slots, dtype=np.bool_)
-        self._seen[(runs & self._mask).astype(np.int64)] = True
+        self._seen[(runs & self._mask).view(np.int64)] = True
+        self._seen_too = np.zeros(slots, dtype=np.bool_)  # by other bits of the hash
+        self._seen_too[(runs >> _OTHERS & self._mask).view(np.int64)] = True
 
     def coded(self, found: Iterable[str]) -> str:
         """Words as one character each; words that no item has are all the same one, which no item has."""
@@ -122,6 +129,7 @@ class Index:
         hashes, bounds = word_hashes(texts)
         runs = run_hashes(hashes, self.n)
         maybe = np.flatnonzero(self._seen[(runs & self._mask).view(np.int64)])
+        maybe = maybe[self._seen_too[(runs[maybe] >> _OTHERS & self._mask).view(np.int64)]]
         left = np.searchsorted(self._runs, runs[maybe], side="left")
         right = np.searchsorted(self._runs, runs[maybe], side="right")
         owner = np.searchsorted(bounds, maybe, side="right") - 1
@@ -158,19 +166,23 @@ class Index:
         stretch = np.where(is_short, 0, start // np.maximum(room // 2, 1))
         _, each = np.unique(np.stack([hits.texts, hits.items, stretch]), axis=1, return_index=True)
         each = each[np.minimum(size[hits.texts], lengths)[each] >= least]
-        begin = np.where(is_short, 0, np.maximum(start - room, 0))[each].tolist()
-        end = np.where(is_short, size[hits.texts], start + lengths + room)[each].tolist()
-        numbers = list(zip(hits.texts[each].tolist(), hits.items[each].tolist(), strict=True))
-        parts = [coded[text][a:b] for (text, _), a, b in zip(numbers, begin, end, strict=True)]
-        common = common_lengths(parts, [self.codes[item] for _, item in numbers]).tolist()
+        begin = np.where(is_short, 0, np.maximum(start - room, 0))
+        end = np.where(is_short, size[hits.texts], start + lengths + room)
+        needed = np.maximum(least, share * np.minimum(size[hits.texts], lengths) - 1e-9)
+        brief = {number: code.translate(self._byte) for number, code in coded.items()}
+        for codes, items in ((brief, self.bytes_), (coded, self.codes)):  # a bound first, then the number itself
+            places = zip(*(column[each].tolist() for column in (hits.texts, begin, end)), strict=True)
+            parts = [codes[text][a:b] for text, a, b in places]
+            common = common_lengths(parts, [items[item] for item in hits.items[each].tolist()])
+            each, common = each[common >= needed[each]], common[common >= needed[each]]
         found: dict[tuple[int, int], Overlap] = {}
-        for at, (text, item), length in zip(each.tolist(), numbers, common, strict=True):
-            shorter = min(int(size[text]), int(self.lengths[item]))
+        for at, length in zip(each.tolist(), common.tolist(), strict=True):
+            text, item, place, there = (
+                int(column[at]) for column in (hits.texts, hits.items, hits.places, hits.item_places)
+            )
             known = found.get((text, item))
-            if length < least or length < share * shorter - 1e-9 or (known and known.common >= length):
-                continue
-            place, there = int(hits.places[at]), int(hits.item_places[at])
-            found[text, item] = Overlap(text, item, length, int(size[text]), int(self.lengths[item]), place, there)
+            if known is None or length > known.common:
+                found[text, item] = Overlap(text, item, length, int(size[text]), int(self.lengths[item]), place, there)
         return [found[key] for key in sorted(found)]
 
 

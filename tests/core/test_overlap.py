@@ -138,3 +138,21 @@ def test_an_empty_index_and_empty_texts_give_nothing():
     assert Index(["a b c"], 2).overlaps([], 1, 0.1) == []
     assert len(Index(["a b c"], 2).hits(["", "a"])) == 0
     assert np.concatenate([word_hashes([])[1], word_hashes([""])[1]]).tolist() == [0, 0, 0]
+
+
+def test_the_bound_of_the_bytes_rules_out_nothing_that_is_there():
+    """With 600 words, so that bytes are shared: against every pair's common subsequence, computed plainly."""
+    draw = random.Random(1)
+    pool = [f"w{n}" for n in range(600)]
+    items = [" ".join(draw.sample(pool, draw.randint(5, 30))) for _ in range(40)]
+    copies = [draw.choice(items).split() for _ in range(80)]
+    texts = [" ".join(word if draw.random() < 0.7 else draw.choice(pool) for word in copy) for copy in copies]
+    index = Index(items, 1)
+    expected = {
+        (t, i): int(common_lengths([index.coded(words(text))], [index.codes[i]])[0])
+        for t, text in enumerate(texts) for i in range(len(items))
+    }  # fmt: skip
+    needed = {(t, i): max(4, 0.5 * min(len(words(texts[t])), len(words(items[i])))) for t, i in expected}
+    overlaps = {(o.text, o.item): o.common for o in index.overlaps(texts, 4, 0.5)}
+    assert overlaps == {pair: common for pair, common in expected.items() if common >= needed[pair]}
+    assert len(overlaps) > 40
