@@ -8,8 +8,9 @@ from align.core.store import Table
 
 
 def atomic_tags(ontology: Table) -> dict[str, str]:
-    """Raw tag to the ontology's tag."""
-    return {raw: row["tag"] for row in ontology.rows(["tag", "members"]) for raw in [*row["members"], row["tag"]]}
+    """Raw tag to the ontology's tag. A name without members only groups other tags, and is on no instruction."""
+    rows = (row for row in ontology.rows(["tag", "members"]) if row["members"])
+    return {raw: row["tag"] for row in rows for raw in [*row["members"], row["tag"]]}
 
 
 def parents_in(ontology: Table) -> dict[str, str | None]:
