@@ -83,7 +83,7 @@ def test_gsm8k_yaml_runs_on_a_slice_of_the_real_training_file_with_the_tiny_mode
                *with_settings("tag", "attempts=2", "max_error_share=1"),
                *with_settings("ontology", "min_count=1", "min_support=2"),
                *with_settings("select", "count=40"), *with_settings("reject", "samples=4"),
-               *with_settings("sft", "global_batch_size=8"), *with_settings("dpo", "global_batch_size=8"))  # fmt: skip
+               *with_settings("sft", "global_batch_size=1"), *with_settings("dpo", "global_batch_size=1"))  # fmt: skip
     assert list(done) == [
         "prompts", "before", "tag", "ontology", "select", "reject", "demonstrate", "sft", "pair", "dpo",
         "after_sft", "after_dpo",
