@@ -10,6 +10,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.manifest import Manifest, Origin
+from align.core.readers import SUFFIXES
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -93,7 +94,8 @@ def sources_in(value: Any) -> list[str]:
 def hub_id(name: str) -> str | None:
     """The Hub id (without its revision) that a name is, if it is one."""
     bare = name.partition("@")[0]
-    return bare if _HUB_ID.fullmatch(bare) and not Path(name).exists() and not Path(name).suffix else None
+    a_file = Path(name).exists() or Path(name).suffix in SUFFIXES
+    return bare if _HUB_ID.fullmatch(bare) and not a_file else None
 
 
 def shown(path: str, name: str = "") -> str:
