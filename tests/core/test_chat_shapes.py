@@ -40,7 +40,7 @@ def learnt(shape: str, tokens: Tokens) -> list[str]:
     return [str(tokenizer_of(shape).decode(tokens.ids[start:end])) for start, end, _ in tokens.turns]
 
 
-def assert_as_sampled(shape: str, tokens: Tokens, messages: list[Any], tools: Any = None) -> None:
+def assert_as_sampled(shape: str, tokens: Tokens, messages: Any, tools: Any = None) -> None:
     """What comes before a sequence's first supervised turn is what an engine feeds."""
     start = tokens.turns[0][0]
     assert tokens.ids[:start] == prompt_ids(tokenizer_of(shape), messages, tools)
@@ -174,12 +174,12 @@ def test_a_tool_call_is_learnt_up_to_its_end_token_and_the_tool_s_answer_is_not(
 def test_tools_may_be_json_text_as_they_are_stored() -> None:
     import json
 
-    row = {"prompt": [user("hello")], "completion": [assistant("world")]}
-    given = [encode("qwen2.5", **row, tools=tools)[0].ids for tools in ([WEATHER], json.dumps([WEATHER]))]
+    row = ([user("hello")], [assistant("world")])
+    given = [encode("qwen2.5", *row, tools=tools)[0].ids for tools in ([WEATHER], json.dumps([WEATHER]))]
     assert given[0] == given[1]
     for wrong in ("weather", [3], {"name": "weather"}):
         with pytest.raises(DataError, match=r"p7.*tools is .*list of JSON schemas"):
-            encode("qwen2.5", **row, tools=wrong)
+            encode("qwen2.5", *row, tools=wrong)
 
 
 def test_a_template_that_shows_no_tools_or_calls_is_refused() -> None:
