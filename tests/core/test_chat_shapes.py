@@ -68,7 +68,7 @@ def test_every_turn_s_end_token_is_supervised_once_and_the_token_after_it_is_not
 
 @pytest.mark.parametrize("shape", EVERY)
 def test_before_each_supervised_turn_stands_what_an_engine_feeds_there(shape: str) -> None:
-    turns = [user("hello"), assistant("world"), user("Yes?"), assistant("Yes."), user("What is 3?"), assistant("7.")]
+    turns: Any = [user("hello"), assistant("world"), user("Yes?"), assistant("Yes."), user("a"), assistant("7.")]
     sequences = encode(shape, turns[:1], turns[1:])
     starts = [tokens.ids[:start] for tokens in sequences for start, _, _ in tokens.turns]
     assert starts == [prompt_ids(tokenizer_of(shape), turns[:place]) for place in (1, 3, 5)]
