@@ -30,6 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("align.settings", "align.outside", "align.reader", "align.fit", "align.recipe"),
     ("align.fingerprints", "align.lock", "align.folders", "align.inputs", "align.launch", "align.pipeline"),
     ("align.report", "align.forecast", "align.overview", "align.ladder", "align.helptext", "align.shipped"),
+    ("align.chat", "align.export"),
     ("align.annotate",),
     ("align.cli",),
 ]
