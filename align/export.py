@@ -212,5 +212,3 @@ def _copy_beside(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and not any(file.match(form) for form in _MADE_ANEW) and not (to / file.name).exists():
             shutil.copyfile(file, to / file.name)
-
-
