@@ -7,7 +7,7 @@ thing: a group of completions with values, where any completion of higher value 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -60,7 +60,7 @@ class Group:
 
 
 def read_groups(
-    table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str]
+    table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str], wrong_answers: bool = False
 ) -> Iterator[Group]:
     """Groups of every prompt in the splits `train` and `dev`.
 
@@ -72,7 +72,10 @@ def read_groups(
         held_out_share: see above.
         answers: whether the column `answer` (text or messages) is a right completion for a prompt that has none.
         counts: gets what was left out, and why.
+        wrong_answers: whether the column `wrong_answer` is a wrong completion for a prompt that has none.
     """
+    fill = {"answer": 1.0} if answers else {}
+    fill |= {"wrong_answer": 0.0} if wrong_answers else {}
     has_dev = any(row["split"] == "dev" for row in table.rows(["split"]))
     comparisons = "chosen" in table.columns
     for rows in by_prompt(table, work):
@@ -86,11 +89,11 @@ def read_groups(
                 family = str(row.get("family") or "all")
                 sides = [list(row["chosen"]), list(row["rejected"])]
                 yield Group(row["prompt"], family, held_out, False, sides, [1.0, 0.0], [1, 1])
-        elif group := _group(rows, held_out, answers, counts):
+        elif group := _group(rows, held_out, fill, counts):
             yield group
 
 
-def _group(rows: list[Row], held_out: bool, answers: bool, counts: Counter[str]) -> Group | None:
+def _group(rows: list[Row], held_out: bool, fill: Mapping[str, float], counts: Counter[str]) -> Group | None:
     # of a ranking only the best passes, and the others are not wrong for that: its rewards say more
     absolute = "rank" not in rows[0] and all(row["verdict"] is not None for row in rows)
     family = str(rows[0].get("family") or rows[0].get("task") or "all")
@@ -112,10 +115,12 @@ def _group(rows: list[Row], held_out: bool, answers: bool, counts: Counter[str])
         else:
             places[text] = len(group.values)
             _add(group, row["completion"], value)
-    if answers and absolute and not held_out and 1.0 not in group.values and rows[0]["answer"]:
-        answer = rows[0]["answer"]
-        _add(group, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, 1.0)
-        counts["right sides filled with the answer"] += 1
+    if absolute and not held_out:
+        for column, value in fill.items():
+            if value not in group.values and rows[0][column]:
+                answer = rows[0][column]
+                _add(group, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, value)
+                counts[f"prompts filled with the column {column}"] += 1
     return group if group.values else None
 
 

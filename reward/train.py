@@ -51,6 +51,7 @@ class Config(StageConfig):
     coef: float = Field(0.3, gt=0, description="of the log-probability (logprob head)")
     per_side: int = Field(3, ge=1, description="most better and most worse completions of a prompt")
     answers: bool = Field(False, description="the column `answer` stands in where a prompt has no right completion")
+    wrong_answers: bool = Field(False, description="and the column `wrong_answer` where it has no wrong one")
     margin: float = Field(0.0, ge=0, description="by how much a better completion should score higher, at least")
     centering: float = Field(0.01, ge=0, description="weight of the term that keeps scores around zero (scalar head)")
     nll: float = Field(0.0, ge=0, description="weight of the better completions' NLL per token (logprob head)")
@@ -88,14 +89,15 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     policy, completions = inputs["model"], inputs["completions"]
     assert isinstance(policy, ModelRef) and isinstance(completions, Table)
-    if config.answers and "answer" not in completions.columns:
-        raise DataError(f"reward: answers=true needs a column `answer` in {completions.name}; it has none")
+    for setting, column in (("answers", "answer"), ("wrong_answers", "wrong_answer")):
+        if getattr(config, setting) and column not in completions.columns:
+            raise DataError(f"reward: {setting}=true needs a column `{column}` in {completions.name}; it has none")
     speed = _speed(tools.speed)
     accelerator = Accelerator(cpu=True) if speed.device == "cpu" else Accelerator()
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
     counts: Counter[str] = Counter()
-    groups = read_groups(completions, tools.work, config.held_out_share, config.answers, counts)
+    groups = read_groups(completions, tools.work, config.held_out_share, config.answers, counts, config.wrong_answers)
     folder = tools.work / f"groups-{accelerator.process_index}"
     train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
     tools.progress.say(f"{len(train)} prompts to train on, {len(held_out)} held out")

@@ -405,6 +405,7 @@ def rows(
     simple: float = 0.0,
     answers: bool = False,
     errors: float = 0.0,
+    wrong: bool = False,
 ) -> Iterator[Row]:
     """The same as complete rows of kind PROMPTS; where the family `role` is asked for, with `name`, `facts`, `brief`.
 
@@ -415,8 +416,10 @@ def rows(
         simple: share of instructions without difficulties.
         answers: add a column `answer` with the gold answer as messages (demonstrations written by a person).
         errors: share of those answers that is wrong.
+        wrong: add a column `wrong_answer` with a likely mistake as messages; null where there is none.
     """
     rng = random.Random(f"errors/{seed}")
+    mistakes = random.Random(f"wrong/{seed}")
     for item in items(families, split, seed, simple):
         system = [{"role": "system", "content": item.system}] if item.system else []
         row: Row = {
@@ -433,4 +436,7 @@ def rows(
         if answers:
             text = rng.choice(item.slips) if item.slips and rng.random() < errors else item.answer
             row["answer"] = [{"role": "assistant", "content": text}]
+        if wrong:
+            slip = mistakes.choice(item.slips) if item.slips else None
+            row["wrong_answer"] = None if slip is None else [{"role": "assistant", "content": slip}]
         yield row
