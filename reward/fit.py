@@ -24,7 +24,7 @@ from align.core.records import Row
 from align.core.stage import Tools
 from reward.batches import Encoded, batch_rewards
 from reward.checkpoint import State, mean_over_processes
-from reward.gate import Judged, best_of_n
+from reward.figures import Judged, best_of_n
 from reward.model import Card, RewardModel
 
 

@@ -36,8 +36,8 @@ from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, te
 
 if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
     from reward.batches import Encoded
+    from reward.figures import Judged
     from reward.fit import Speed
-    from reward.gate import Judged
     from reward.model import Gate, RewardModel
 
 
@@ -230,7 +230,7 @@ def _gates(config: Config, judged: list[Judged], absolute: list[bool]) -> dict[s
 
 def _report(gates: dict[str, Gate] | None, judged: list[Judged]) -> dict[str, Any]:
     """The figures that a person judges the reward model by, overall and by family, each with its gate."""
-    from reward.gate import figures
+    from reward.figures import figures
 
     families = sorted({group.family for group in judged})
     by_family = {}
