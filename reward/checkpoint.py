@@ -78,6 +78,12 @@ class State:
         return {name: value.detach().cpu() for name, value in self.model.named_parameters() if value.requires_grad}
 
 
+def sum_over_processes(values: Tensor, accelerator: Any) -> list[float]:
+    """Numbers that all processes agree on."""
+    found: list[float] = accelerator.reduce(values, "sum").tolist()
+    return found
+
+
 def mean_over_processes(value: float, accelerator: Any) -> float:
     """One number that all processes agree on."""
     if accelerator.num_processes == 1:

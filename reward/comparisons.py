@@ -6,6 +6,7 @@ thing: a group of completions with values, where any completion of higher value 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from align.core.chat import encode_demonstrations
+from align.core.chat import IGNORED, encode_demonstrations
 from align.core.errors import DataError
 from align.core.groups import by_prompt
 from align.core.records import Message, Messages, Row, message_text
@@ -30,10 +31,13 @@ SCHEMA = pa.schema(
         "ids": pa.list_(pa.list_(pa.int32())),
         "labels": pa.list_(pa.list_(pa.int32())),
         "length": pa.int32(),
+        "tokens": pa.int32(),
+        "learned": pa.int32(),
     }
 )
-"""A group on disk; `absolute` where a value of 1 means right and 0 wrong, and not only better and worse; `length` is
-that of the longest prompt and completion, in tokens."""
+"""A group on disk; `absolute` where a value of 1 means right and 0 wrong, and not only better and worse. In tokens:
+`length`, that of the longest prompt and completion; `tokens`, the prompt and all completions; `learned`, those of the
+completions alone."""
 
 
 @dataclass(slots=True)
@@ -60,8 +64,9 @@ class Group:
 
 
 def read_groups(
-    table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str], wrong_answers: bool = False
-) -> Iterator[Group]:
+    table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str], *,
+    wrong_answers: bool = False, use_margins: bool = False,
+) -> Iterator[Group]:  # fmt: skip
     """Groups of every prompt in the splits `train` and `dev`.
 
     Held out are the prompts of the split `dev`; where there are none, a share of the others, by their ids' hash.
@@ -73,6 +78,8 @@ def read_groups(
         answers: whether the column `answer` (text or messages) is a right completion for a prompt that has none.
         counts: gets what was left out, and why.
         wrong_answers: whether the column `wrong_answer` is a wrong completion for a prompt that has none.
+        use_margins: whether a preference's chosen completion is worth its `margin`; else it is worth 1. The rejected
+            one is worth 0.
     """
     fill = {"answer": 1.0} if answers else {}
     fill |= {"wrong_answer": 0.0} if wrong_answers else {}
@@ -86,9 +93,13 @@ def read_groups(
         held_out = first["split"] == "dev" if has_dev else _fraction(first["prompt_id"]) < held_out_share
         if comparisons:
             for row in rows:
+                margin = row["margin"] if use_margins else 1.0
+                if margin is None or not 0 < margin < math.inf:
+                    counts["preferences without a margin above 0"] += 1
+                    continue
                 family = str(row.get("family") or "all")
                 sides = [list(row["chosen"]), list(row["rejected"])]
-                yield Group(row["prompt"], family, held_out, False, sides, [1.0, 0.0], [1, 1])
+                yield Group(row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1])
         elif group := _group(rows, held_out, fill, counts):
             yield group
 
@@ -182,6 +193,7 @@ def groups_on_disk(
             if not kept or (not group.held_out and len(set(values)) < 2):
                 counts["prompts left with one side only"] += 1
                 continue
+            learned = [sum(label != IGNORED for label in labels) for _, (_, labels) in kept]
             (held_out if group.held_out else train).add(
                 {
                     "family": group.family,
@@ -191,6 +203,8 @@ def groups_on_disk(
                     "ids": [ids for _, (ids, _) in kept],
                     "labels": [labels for _, (_, labels) in kept],
                     "length": max(len(ids) for _, (ids, _) in kept),
+                    "tokens": sum(learned) + len(kept[0][1][0]) - learned[0],
+                    "learned": sum(learned),
                 }
             )
             written["held_out" if group.held_out else "train"] += 1

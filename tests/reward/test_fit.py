@@ -71,7 +71,7 @@ def test_groups_together_have_the_gradient_of_groups_apart(objective: Objective)
     for parts in ([GROUPS], [[group] for group in GROUPS]):
         model = make_model("qwen2")
         for part in parts:
-            batch_loss(objective, model, card, part, "cpu").backward()
+            batch_loss(objective, Rewards(model, card.head, card.coef), part, "cpu").loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], atol=1e-4)
     assert gradients[0].norm() > 0.1
