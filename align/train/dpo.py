@@ -42,7 +42,7 @@ class Config(DPOSettings):
 
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Trains a policy on preferences and writes it to `tools.out / "model"`."""
-    from align.train import models
+    from align.train import adapters, models
     from align.train.data import batch_order, tokens_on_disk
     from align.train.preference import DPO, dpo_arguments
     from align.train.trainer import set_batches
@@ -50,6 +50,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     policy, table = inputs["policy"], inputs["preferences"]
     reference = inputs.get("reference", policy)
     assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
+    adapters.check_stackable(policy, config)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(policy)
     arguments = dpo_arguments(config, speed, tools)
@@ -63,22 +64,22 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     dpo = DPO(
         config,
         tools,
-        model=models.load_policy(policy, speed, frozen=config.lora_rank > 0),
+        model=models.load_policy(policy, speed, config, longest(pairs)),
         args=arguments,
         processing_class=tokenizer,
         train_dataset=pairs,
-        peft_config=models.lora_of(config, policy),
+        peft_config=adapters.lora_of(config, policy),
         rows=len(pairs),
     )
     dpo.starts_at_reference = reference.fingerprint == policy.fingerprint
     elsewhere = None if dpo.starts_at_reference else reference
-    with_reference = reference_columns(dpo, pairs, elsewhere, speed, tools, lora=config.lora_rank > 0)
+    with_reference = reference_columns(dpo, pairs, elsewhere, speed, tools, config)
     dpo.train_dataset = with_reference.remove_columns("length").select(order)
     dpo.train_or_resume()
-    models.save_policy(dpo, tokenizer, tools.out / "model", models.source_dtype(policy), merged=config.save_merged)
+    models.save_policy(dpo, tokenizer, tools.out / "model", config, policy)
 
     summary = dpo.summary() | dict(counts)
-    summary |= {"base": policy.name, "reference": reference.name, "loss_over": LOSS_OVER}
+    summary |= adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
     summary["chosen_logp_change"] = dpo.chosen_change()
     if summary["chosen_logp_change"] < -config.warn_chosen_drop:
         summary["warnings"] = [
@@ -123,7 +124,15 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
         yield from [reason] * count
 
 
-def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools, lora: bool) -> Any:
+def longest(pairs: Any) -> int:
+    """Tokens of the longest prompt with either completion."""
+    prompt, chosen, rejected = ([len(ids) for ids in pairs[f"{name}_ids"]] for name in ("prompt", "chosen", "rejected"))
+    return max(p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True))
+
+
+def reference_columns(
+    dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools, config: Config
+) -> Any:
     """The pairs with the reference's log-probabilities, which a killed run finds again.
 
     The work folder belongs to these pairs, settings and models; what else changes the figures is in the file's name.
@@ -136,7 +145,7 @@ def reference_columns(dpo: Any, pairs: Any, reference: ModelRef | None, speed: S
     if not kept.exists():
         frozen = None
         if reference is not None:  # loaded as the policy was, and freed before training
-            frozen = dpo.score_like_the_policy(load_policy(reference, speed, frozen=lora))
+            frozen = dpo.score_like_the_policy(load_policy(reference, speed, config))
         logps = dpo.reference_logps(pairs, frozen)
         if dpo.accelerator.is_main_process:
             part = Path(f"{kept}.part.npy")

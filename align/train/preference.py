@@ -119,7 +119,9 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
             seen.append(model(*args, **kwargs))
             return seen[-1]
 
-        loss = super()._compute_loss(scored, inputs, return_outputs)
+        with self.router.watching():
+            loss = super()._compute_loss(scored, inputs, return_outputs)
+        loss = loss + self.router.term(1.0, inputs["attention_mask"].bool())
         log_probs, mask = seen[0].log_probs, seen[0].label_mask  # (2B, T-1), chosen first
         if self.starts_at_reference and self.step == 0:
             self._check_margins(log_probs.detach().sum(1), mask.sum(1), inputs)
