@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from align.core.chat import IGNORED
 from align.core.errors import RecipeError, RunError
+from align.core.router import RouterLoss
 from align.core.stage import Tools
 from reward.batches import Rewards
 from reward.checkpoint import State, sum_over_processes
@@ -102,12 +103,13 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     trained = [parameter for parameter in judge.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    router = RouterLoss(judge.model, objective.router)
     model, optimizer = accelerator.prepare(Rewards(judge.model, judge.card.head, judge.card.coef), optimizer)
     contested = [i for i, values in enumerate(held_out["values"]) if len(set(values)) > 1]
     measured = held_out.select(contested) if contested else held_out
     evaluate_at = {round(len(batches) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} - {0}
 
-    state = State(tools, judge.model, optimizer)
+    state = State(tools, judge.model, optimizer, {**asdict(schedule), **asdict(objective)})
     if not state.resume(accelerator):
         state.note(best_of_n(judge_groups(judge, measured)), accelerator)
     tools.progress.start(len(batches), "steps")
@@ -129,8 +131,9 @@ def fit(
             with nullcontext() if last else accelerator.no_sync(model):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=speed.bf16):
                     rows = [train[int(place)] for place in places]
-                    loss, figures = batch_loss(objective, model, rows, accelerator.device)
-                accelerator.backward(loss / len(mine))
+                    with router.watching():
+                        loss, figures, mask = batch_loss(objective, model, rows, accelerator.device)
+                accelerator.backward(loss / len(mine) + router.term(len(rows) / len(mine), mask))
                 sums += torch.cat([loss.detach()[None], figures])
         norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm))
         optimizer.step()
@@ -141,14 +144,15 @@ def fit(
         if not math.isfinite(line["loss"]):
             raise RunError(f"reward: the loss is {line['loss']} at step {state.step}; lower learning_rate")
         line |= {"learning_rate": rate, "grad_norm": norm, "tokens_per_second": tokens / (perf_counter() - begun)}
+        if router.last is not None:
+            line["router_loss"] = router.last
         state.log(accelerator, step=state.step, **line)
-        tools.progress.advance(
-            1, loss=round(line["loss"], 3), lr=f"{rate:.1e}", tokens_per_s=round(line["tokens_per_second"])
-        )
+        tools.progress.advance(1, loss=round(line["loss"], 3), learning_rate=rate, tokens=round(tokens))
         if state.step in evaluate_at:
             state.note(best_of_n(judge_groups(judge, measured)), accelerator)
         elif state.step % speed.save_every == 0:
             state.save(accelerator)
+    state.trackers.close()
     state.restore_best()
     judge.model = accelerator.unwrap_model(model).model
     if speed.gradient_checkpointing:

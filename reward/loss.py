@@ -24,12 +24,14 @@ class Objective:
         centering: weight of the squared sum of a pair's rewards.
         nll: weight of the better completions' mean negative log-probability per token (log-prob head only).
         use_margins: whether the difference of a pair's values is added to its margin.
+        router: weight of the load-balancing loss of a mixture of experts; None: the model's own.
     """
 
     margin: float = 0.0
     centering: float = 0.0
     nll: float = 0.0
     use_margins: bool = False
+    router: float | None = None
 
 
 class BatchLoss(NamedTuple):
@@ -39,10 +41,12 @@ class BatchLoss(NamedTuple):
         loss: summed over the groups.
         figures: sums over the groups of the share of pairs in the right order, and of the mean reward of a pair's
             better and worse completion; and the tokens that were computed, (4,).
+        mask: which positions are tokens where rows are padded, (R, T); None in the flat layout.
     """
 
     loss: Tensor
     figures: Tensor
+    mask: Tensor | None
 
 
 def group_loss(rewards: Tensor, values: Tensor, groups: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,7 @@ def group_loss(rewards: Tensor, values: Tensor, groups: Tensor, objective: Objec
         rewards: of completions, (B,).
         values: what they are worth; a pair is any two of one group with unequal values, (B,).
         groups: number of each completion's group, from 0, (B,).
-        objective: see there; its `nll` is not looked at.
+        objective: see there; its `nll` and `router` are not looked at.
 
     Returns:
         The loss, and the first three figures of `BatchLoss`, (3,).
@@ -98,10 +102,9 @@ def batch_loss(objective: Objective, model: Any, rows: list[Row], device: Any) -
         better = values > worst[groups]
         of_group = torch.bincount(groups[better], minlength=len(rows))
         loss = loss + objective.nll * (per_token[better] / of_group[groups[better]]).sum()
-    computed = figures.new_tensor(
-        [batch["input_ids"].numel() if "segments" in batch else batch["attention_mask"].sum()]
-    )
-    return BatchLoss(loss, torch.cat([figures, computed]))
+    mask = None if "segments" in batch else batch["attention_mask"].bool().to(device)
+    computed = batch["input_ids"].numel() if mask is None else int(mask.sum())
+    return BatchLoss(loss, torch.cat([figures, figures.new_tensor([computed])]), mask)
 
 
 def encoded_pairs(row: Row) -> list[Encoded]:

@@ -60,6 +60,9 @@ class Config(StageConfig):
     )  # fmt: skip
     centering: float = Field(0.01, ge=0, description="weight of the term that keeps scores around zero (scalar head)")
     nll: float = Field(0.0, ge=0, description="weight of the better completions' NLL per token (logprob head)")
+    router_loss_weight: float | None = Field(
+        None, ge=0, description="of a mixture of experts' load-balancing loss; null: the model's own, 0: none"
+    )
     learning_rate: float = Field(2e-6, gt=0, description="AdamW's, at its peak")
     epochs: float = Field(1.0, gt=0, description="passes over the prompts")
     global_batch_size: int = Field(128, ge=1, description="prompts of one optimizer step, over all processes")
@@ -119,7 +122,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         return Result(summary={"start": start.figures()})
 
     centering = config.centering if config.head == "scalar" else 0.0
-    objective = Objective(config.margin, centering, config.nll, config.use_margins)
+    objective = Objective(config.margin, centering, config.nll, config.use_margins, config.router_loss_weight)
     history = fit(objective, schedule, judge, train, held_out, batches, speed, accelerator, tools)
 
     judged = judge_groups(judge, held_out)
