@@ -135,7 +135,7 @@ def fit(
                         loss, figures, mask = batch_loss(objective, model, rows, accelerator.device)
                 accelerator.backward(loss / len(mine) + router.term(len(rows) / len(mine), mask))
                 sums += torch.cat([loss.detach()[None], figures])
-        norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm))
+        norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm or math.inf))
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1

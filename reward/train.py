@@ -68,7 +68,7 @@ class Config(StageConfig):
     global_batch_size: int = Field(128, ge=1, description="prompts of one optimizer step, over all processes")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient to this norm")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient to this norm; 0 is off")
     max_length: int = Field(4096, ge=8, description="longest prompt and completion in tokens; longer ones are left out")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters; 0 trains all weights")
     lora_alpha: float = Field(32.0, gt=0, description="LoRA's scale: an adapter counts alpha / rank")
