@@ -33,7 +33,6 @@ FLOORS: list[tuple[str, ...]] = [
         "align.report", "align.doctor", "align.chat", "align.export", "align.forecast", "align.overview", "align.ladder",
         "align.helptext", "align.shipped",
     ),
-    ("align.annotate",),
     ("align.cli",),
 ]
 """From the ground up. A module may import from its own floor and from those below it."""
