@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from reward.model import Gate, _best_and_worst
+from reward.model import Gate, best_and_worst
 from reward.pair_figures import Floats, Pairs, pair_figures
 
 RESAMPLES = 1000
@@ -61,8 +61,8 @@ def figures(groups: Sequence[Judged], gates: dict[str, Gate] | None) -> dict[str
         `right_pairs_gated` of those that the gate lets through, and `accepted`, their share. A right pair is one whose
         best is worth more than its worst.
     """
-    pairs = [(group, pair) for group in groups if (pair := _best_and_worst(None, group.family, group.scores))]
-    gated = [(group, pair) for group in groups if (pair := _best_and_worst(gates, group.family, group.scores))]
+    pairs = [(group, pair) for group in groups if (pair := best_and_worst(None, group.family, group.scores))]
+    gated = [(group, pair) for group in groups if (pair := best_and_worst(gates, group.family, group.scores))]
     return {
         "groups": len(groups),
         "sampled": float(np.mean([sampled(group) for group in groups])) if groups else 0.0,

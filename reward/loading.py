@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from align.core.errors import ModelError
+from align.core.errors import ModelError, RecipeError
 
 Head = Literal["scalar", "logprob"]
+
+
+def device_of(speed: Mapping[str, Any]) -> str:
+    """The device that `tools.speed` names; a GPU where there is one, if it says auto or nothing.
+
+    Raises:
+        RecipeError: it names a GPU and there is none.
+    """
+    import torch
+
+    device = str(speed.get("device") or "auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
+    return device
 
 
 def load_model(path: str, head: Head, dtype: str, revision: str | None = None, **config: Any) -> tuple[Any, list[str]]:

@@ -140,9 +140,9 @@ def calibration(pairs: Pairs) -> dict[str, Any] | None:
 
     Returns:
         `bins`: from, to, pairs, what was `said` and how many were `right`, means; `ece`, the expected calibration
-        error: the mean distance of the two (Guo and others, arXiv:1706.04599); `temperature`, by which gaps must be divided to
-        be most likely (above 1: too sure of itself), and `ece_fitted` with it. It is fitted on these very pairs; None
-        where no finite one is best: all pairs are right, or they are no better than chance.
+        error: the mean distance of the two (Guo and others, arXiv:1706.04599); `temperature`, by which gaps must be
+        divided to be most likely (above 1: too sure of itself), and `ece_fitted` with it. It is fitted on these very
+        pairs; None where no finite one is best: all pairs are right, or they are no better than chance.
         None where there are no pairs.
     """
     if not len(pairs):

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.core.chat import encode_demonstrations
 from align.core.errors import DataError, ModelError, RunError
-from align.core.stage import Tools
 from align.core.store import ModelRef, Table
 from align.train import models, trainer
 from align.train.settings import Speed
-from align.train.sft import STAGE, Config, show
+from align.train.sft import STAGE
 from tests.train import steps
 from tests.train.kills import assert_survives_kills
 from tests.train.ranks import assert_same_gradient, in_ranks
@@ -42,7 +41,7 @@ def test_a_model_learns_its_demonstrations_and_is_written_whole(tmp_path: Path) 
     assert summary["loss"] < 1.0
     assert (summary["steps"], summary["rows"], summary["base"]) == (60, 24, "base")
     assert summary["loss_over"] == "supervised tokens of the global batch, all processes"
-    assert "⟦The answer is 0.<|im_end|>⟧" in progress.said[0].replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert "⟦The answer is 0.<|im_end|>⟧" in re.sub(r"\x1b\[[0-9;]*m", "", progress.said[0])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
     assert model.config.use_cache
@@ -58,46 +57,21 @@ def test_other_architectures_take_a_step(tmp_path: Path, family: str) -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-class Gradients(TrainerCallback):  # type: ignore[misc]
-    """Keeps the gradient of the first optimizer step."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.seen:
-            self.seen = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def first_gradient(folder: Path, micro: int, rows: int = 8) -> dict[str, torch.Tensor]:
+def first_gradient(
+    folder: Path, given: dict[str, Table | ModelRef], micro: int = 8, **settings: Any
+) -> list[torch.Tensor]:
     """Of one global batch of 8 rows with 4 to about 30 supervised tokens, `micro` rows at a time."""
-    from datasets import Dataset
-
-    config = Config(**QUICK, max_grad_norm=0.0)
-    speed = Speed(device="cpu", precision="fp32", micro_batch_size=micro)
-    tools = Tools(seed=3, engines={}, progress=steps.Silent(), work=folder / "work", out=folder / "out")
-    tokenizer = make_tokenizer()
-    pairs = list(encode_demonstrations(tokenizer, demonstrations(rows)))
-    data = Dataset.from_dict({"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]})
-    arguments = trainer.training_arguments(
-        SFTConfig, config, speed, tools, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-    )
-    trainer.set_batches(arguments, 8, rows, speed)
-    sft = trainer.SFT(
-        config, tools, rows, model=make_model(), args=arguments, processing_class=tokenizer, train_dataset=data
-    )
-    gradients = Gradients()
-    sft.add_callback(gradients)
-    sft.train()
-    return gradients.seen
+    settings = QUICK | {"max_grad_norm": 0.0} | settings
+    return gradient_of(lambda: steps.run(STAGE, folder / f"by-{micro}", given, settings, {"micro_batch_size": micro}))
 
 
-def test_a_global_batch_gives_the_same_gradient_however_it_is_split(tmp_path: Path) -> None:
-    whole = first_gradient(tmp_path, micro=8)
-    for micro in (1, 2, 4):
-        split = first_gradient(tmp_path, micro)
-        for name in whole:
-            torch.testing.assert_close(split[name], whole[name], atol=1e-6, rtol=0)
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_a_global_batch_gives_the_same_gradient_however_it_is_split(tmp_path: Path, family: str) -> None:
+    """Rows of qwen2 lie flat, those of gemma (attention with a cap) are padded."""
+    given = inputs(tmp_path, 8, family)
+    whole = first_gradient(tmp_path, given, micro=8)
+    for micro in (1, 3):
+        assert_same_gradient(first_gradient(tmp_path, given, micro), whole)
 
 
 def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
@@ -109,9 +83,10 @@ def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tmp_path: Path)
             if label != -100:
                 total, count = total - logps[place, label], count + 1
     (total / count).backward()
-    trained = first_gradient(tmp_path, micro=2)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(trained[name], parameter.grad, atol=1e-6, rtol=0)
+    trained = first_gradient(tmp_path, inputs(tmp_path, 8), micro=2)
+    decayed_first = sorted(model.named_parameters(), key=lambda named: "norm" in named[0] or "bias" in named[0])
+    for (name, parameter), found in zip(decayed_first, trained, strict=True):
+        torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=0, msg=name)
 
 
 def test_only_the_train_split_is_trained_on(tmp_path: Path) -> None:
@@ -192,13 +167,6 @@ def test_no_model_is_written_of_weights_that_the_last_step_has_ruined(tmp_path: 
     with pytest.raises(RunError, match=r"the training diverged: .* lower learning_rate"):
         steps.run(STAGE, tmp_path / "sft", inputs(tmp_path, 8), QUICK | ruin)
     assert not (tmp_path / "sft" / "model").exists()
-
-
-def test_the_first_row_is_shown_with_its_supervised_tokens_marked() -> None:
-    tokenizer = make_tokenizer()
-    ids, labels = next(encode_demonstrations(tokenizer, demonstrations(1)))
-    shown = show(tokenizer, ids, labels)
-    assert shown.endswith("<|im_start|>assistant\n\x1b[32m⟦The answer is 0.<|im_end|>⟧\x1b[0m")
 
 
 def test_a_run_killed_at_any_step_goes_on_to_the_same_weights_and_curves(tmp_path: Path) -> None:
