@@ -3,10 +3,10 @@
     python benchmarks/habit.py --seeds 21 22 23 --out runs/habit --save benchmarks/results/habit.json
 
 Runs recipes/habit.yaml once a seed, with larger counts (600 demonstrations, 250 prompts of two samples, 750 held-out
-instructions) and SFT on the chosen with each of `SFT`; the best of them by its own test score, the choice that is kindest
-to SFT, stands against DPO. A score is strict: right, and without a needless phrase. The difference is McNemar's paired test over
-the same instructions. Beside it the control that needs a detector of the habit: SFT on clean right samples alone. A killed
-benchmark goes on where it was.
+instructions) and SFT on the chosen with each of `SFT`; the best of them by its own test score, the choice that is
+kindest to SFT, stands against DPO. A score is strict: right, and without a needless phrase. The difference is McNemar's
+paired test over the same instructions. Beside it the control that needs a detector of the habit: SFT on clean right
+samples alone. A killed benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def table(found: dict[int, dict[str, Any]]) -> str:
         ]
         habit = [one["sft_on_chosen"][tests[1]["sft"]]["sampled"], one["dpo"]["sampled"]]
         lines.append(
-            f"| {seed} | {one['pairs']} ({one['clean_chosen']:.0f}%) | {both[0]} | {tests[0]['a']:.1f} / {tests[1]['a']:.1f} "
+            f"| {seed} | {one['pairs']} ({one['clean_chosen']:.0f}%) | {both[0]} "
+            f"| {tests[0]['a']:.1f} / {tests[1]['a']:.1f} "
             f"| {tests[0]['b']:.1f} / {tests[1]['b']:.1f} ({tests[0]['z']}, {tests[1]['z']}) "
             f"| {habit[0]['with_closers']:.0f} → {habit[1]['with_closers']:.0f}% | {both[1]} |"
         )

@@ -302,5 +302,6 @@ STAGE = Stage(
     },
     gives=Kind.REWARD_MODEL,
     run=run,
+    version=2,
     trains=True,
 )

@@ -141,12 +141,12 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """Killed at step 1, before there is a checkpoint but the start's; at 3, an evaluation; and between checkpoints."""
+    """Killed at step 1, when there is no checkpoint but the start's, and at 3 and 4, after the one of step 2."""
     save_model(tmp_path / "policy")
     inputs = {"model": policy(tmp_path / "policy"), "completions": table(tmp_path / "rows.parquet", completions())}
-    settings = FAST | {"patience": 9, "epochs": 2.0, "evaluations": 2}
+    settings = FAST | {"epochs": 2.0, "evaluations": 1}
     summary = assert_survives_kills(STAGE, tmp_path, inputs, settings, at=(1, 3, 4), speed={"save_every": 2})
-    assert len(summary["evaluations"]) == 3
+    assert [one["step"] for one in summary["evaluations"]] == [0, 6]
 
 
 def preferences(margins: list[float | None]) -> list[dict[str, Any]]:
@@ -322,6 +322,19 @@ def test_judged_groups_keep_their_order_and_count_completion_tokens(tmp_path: Pa
     assert judged[0].lengths == [1, 2]
     alone = judge.score_encoded([(rows[3]["ids"][0], rows[3]["labels"][0])])
     assert judged[3].scores[0] == pytest.approx(alone[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("weight", "told"), [(None, True), (0.0, False)])
+def test_a_mixture_of_experts_trains_with_its_router_loss_or_without(
+    tmp_path: Path, weight: float | None, told: bool
+) -> None:
+    """None takes the weight in the model's config; two experts of four a token, so a balanced router's loss is 2."""
+    save_model(tmp_path / "policy", "qwen2_moe")
+    train(tmp_path, {"router_loss_weight": weight, "epochs": 0.3, "evaluations": 1})
+    lines = [line for line in curves(tmp_path) if "loss" in line]
+    assert ("router_loss" in lines[0]) == told
+    if told:
+        assert lines[0]["router_loss"] == pytest.approx(2.0, abs=0.5)
 
 
 @pytest.mark.slow
