@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,9 @@ from align.train import models, trainer
 from align.train.settings import Speed
 from align.train.sft import STAGE, Config, show
 from tests.train import steps
+from tests.train.kills import assert_survives_kills
+from tests.train.ranks import assert_same_gradient, in_ranks
+from tests.train.ranks import first_gradient as gradient_of
 from tests.train.tiny import demonstrations, make_model, make_tokenizer, save_model
 
 QUICK = {"learning_rate": 2e-3, "epochs": 2.0, "global_batch_size": 8, "max_length": 128}
@@ -201,22 +201,9 @@ def test_the_first_row_is_shown_with_its_supervised_tokens_marked() -> None:
     assert shown.endswith("<|im_start|>assistant\n\x1b[32m⟦The answer is 0.<|im_end|>⟧\x1b[0m")
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights_and_curves(tmp_path: Path) -> None:
-    given = inputs(tmp_path)
-    speed = {"save_every": 4}
-    settings = QUICK | {"epochs": 4.0}
-    steps.run(STAGE, tmp_path / "whole", given, settings, speed)
-    killed = steps.run_and_kill("sft", tmp_path / "killed", given, settings, speed, at_step=7)
-    assert killed == -9
-    assert not (tmp_path / "killed" / "model").exists()
-    assert len(steps.curves(tmp_path / "killed")) >= 6
-    steps.run(STAGE, tmp_path / "killed", given, settings, speed)
-    whole, resumed = steps.weights(tmp_path / "whole"), steps.weights(tmp_path / "killed")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert [line["loss"] for line in steps.curves(tmp_path / "killed")] == [
-        line["loss"] for line in steps.curves(tmp_path / "whole")
-    ]
+def test_a_run_killed_at_any_step_goes_on_to_the_same_weights_and_curves(tmp_path: Path) -> None:
+    """Killed at the first step (nothing is saved yet), in the middle, and again at the very next step."""
+    assert_survives_kills(STAGE, tmp_path, inputs(tmp_path), QUICK, at=(1, 3, 4))
 
 
 def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(tmp_path: Path) -> None:
@@ -228,19 +215,13 @@ def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(tmp_path: Path) ->
     assert not (tmp_path / "checkpoint-8").exists()
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_weights_that_one_gives(tmp_path: Path) -> None:
-    given = inputs(tmp_path)
-    settings = QUICK | {"learning_rate": 1e-4}
-    steps.run(STAGE, tmp_path / "one", given, settings, {"micro_batch_size": 4})
-    script = steps.script("sft", tmp_path / "two", given, settings, {"micro_batch_size": 2})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    root = Path(__file__).resolve().parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, cwd=root, env=env, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    one, two = steps.weights(tmp_path / "one"), steps.weights(tmp_path / "two")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-6, rtol=0)
-    for a, b in zip(steps.curves(tmp_path / "one"), steps.curves(tmp_path / "two"), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path) -> None:
+    """The same global batch of 8 rows: at once, and 2 rows at a time in each of 2 ranks with 2 accumulated."""
+    given, settings = inputs(tmp_path), QUICK | {"max_grad_norm": 0.0}
+
+    def step(micro: int, folder: str) -> list[torch.Tensor]:
+        return gradient_of(lambda: steps.run(STAGE, tmp_path / folder, given, settings, {"micro_batch_size": micro}))
+
+    whole = step(8, "one")
+    for gradient in in_ranks(lambda: step(2, "two"), tmp_path / "ranks"):
+        assert_same_gradient(gradient, whole)
