@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
+from align.core.cost import duration as duration
+
 PLAIN_EVERY_S = 5.0
 LIVE_EVERY_S = 0.1
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -172,15 +174,3 @@ def _share_done(asked: Asked) -> float:
 
 def _figure(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `4.2 s`, `35 s`, `2 min 05 s`, `1 h 20 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
