@@ -223,7 +223,7 @@ def terms(pairs: Pairs, settings: DPOSettings) -> dict[str, tuple[float, Tensor]
     """Each term's weight and its mean over the pairs, by name: the losses, and `nll` where it has a weight."""
     seen = pairs.per_token() if settings.length_normalised else pairs
     weights = settings.loss_weights or [1.0] * len(settings.losses)
-    found = {}
+    found: dict[str, tuple[float, Tensor]] = {}
     for name, weight in zip(settings.losses, weights, strict=True):
         found[name] = (weight, LOSSES[name](pairs if name == "sft" else seen, settings).mean())
     if settings.nll_weight:

@@ -145,7 +145,7 @@ def test_each_loss_has_the_value_of_its_equation(
 
 
 def test_aot_compares_quantiles_and_so_does_not_see_which_margin_is_whose() -> None:
-    """Policy margins (0, 2) against reference margins (2, 0): sorted they are equal, so log 2 each; DPO sees -2 and 2."""
+    """Policy margins (0, 2), reference margins (2, 0): sorted they are equal, so log 2 each; DPO sees -2 and 2."""
     zero, tokens = torch.zeros(2), torch.ones(2)
     crossed = Pairs(torch.tensor([0.0, 2.0]), zero, torch.tensor([2.0, 0.0]), zero, tokens, tokens)
     found = LOSSES["aot"](crossed, settings(losses=["aot"]))
@@ -157,10 +157,8 @@ def test_only_the_sorting_losses_see_more_than_one_pair() -> None:
     """Four pairs at once give what they give one by one, save where they are sorted."""
     for name, loss in LOSSES.items():
         chosen = settings(beta=0.3, losses=[name], label_smoothing=0.1 if name == "exo_pair" else 0.0)
-        each = [
-            loss(Pairs(*(getattr(pairs(), field)[i : i + 1] for field in Pairs.__slots__[:6]), mean_tokens=11 / 4), chosen)
-            for i in range(4)
-        ]  # fmt: skip
+        sides = [getattr(pairs(), field).chunk(4) for field in Pairs.__slots__[:6]]
+        each = [loss(Pairs(*one_pair, mean_tokens=11 / 4), chosen) for one_pair in zip(*sides, strict=True)]
         assert torch.allclose(torch.cat(each), loss(pairs(), chosen)) == (name not in SORTING), name
 
 
