@@ -91,3 +91,9 @@ def disk_is_full(problem: BaseException, folder: Path) -> bool:
     if "No space left on device" in str(problem):
         return True
     return folder.exists() and shutil.disk_usage(folder).free < 2**20
+
+
+def cache_folder() -> Path:
+    """What all runs of a user share: $ALIGN_CACHE, or a folder `align` where the system keeps caches."""
+    told = os.environ.get("ALIGN_CACHE")
+    return Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align"

@@ -20,6 +20,7 @@ from align.core.errors import AlignError, RunError
 from align.core.records import Kind
 from align.core.stage import Result, Tools
 from align.core.store import ModelRef, Table
+from align.folders import cache_folder
 from align.plan import Step
 from align.progress import Lines, Silent
 from align.stages import load
@@ -91,7 +92,7 @@ def main(spec_file: Path) -> None:
     rank = int(os.environ["RANK"])
     stage = load(spec["verb"])
     progress = Lines(spec["name"]) if rank == 0 else Silent()
-    tools = Tools(spec["seed"], {}, progress, Path(spec["work"]), Path(spec["out"]), spec["speed"])
+    tools = Tools(spec["seed"], {}, progress, Path(spec["work"]), Path(spec["out"]), spec["speed"], cache_folder())
     try:
         inputs = {name: _opened(written) for name, written in spec["inputs"].items()}
         result = stage.run(stage.config.model_validate_json(json.dumps(spec["config"])), inputs, tools)
