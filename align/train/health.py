@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from align.core.engines.transformers_engine import TransformersEngine
+from align.core.errors import DataError
 from align.core.records import Row
-from align.train.guards import look
+from align.train.guards import Probe, look
 from align.train.online_settings import Config as Probing
 from align.train.preference import DPO
 from align.train.scoring import Scorer
+from reward.verifiers import Verifiers
 
 LATELY = 5
 """Steps over which the chosen's change is averaged: batches differ."""
@@ -109,25 +114,57 @@ def displaced(change: float) -> str:
     )
 
 
-class HeldOut(TrainerCallback):  # type: ignore[misc]
-    """Answers held-out prompts before the first step, after each share of the steps, and after the last.
+def held_out_rows(prompts: Any, most: int, seed: int) -> list[Row]:
+    """Which prompts are answered on the way: some of the dev split that a program can verify; none without prompts.
+
+    Raises:
+        DataError: there are none such.
+    """
+    if prompts is None:
+        return []
+    rows = [row for row in prompts.rows() if row["split"] == "dev" and Scorer.decidable(row)]
+    if not rows:
+        raise DataError(
+            f"{prompts.name}: no prompt of the dev split that has a task and a reference to verify answers by; give "
+            "such prompts, or leave the input `prompts` out"
+        )
+    return [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))[:most]]
+
+
+@contextmanager
+def held_out(dpo: DPO, rows: Sequence[Row], reference: Any, max_tokens: int, every: float) -> Iterator[None]:
+    """Has a training answer held-out prompts: before the first step, after each share `every`, after the last.
 
     Args:
         dpo: the trainer.
-        rows: prompts with a task.
-        scorer: of the verifiers.
-        probing: how they are sampled from.
-        reference: the frozen model, ready to score; None for the policy without its adapters.
+        rows: see `held_out_rows`; none: nothing happens.
+        reference: the frozen model, ready to score; None where the policy holds it in itself.
+        max_tokens: of an answer.
+        every: share of the steps between two looks.
+    """
+    if not rows:
+        yield
+        return
+    probing = Probing(scorer="verifier", max_tokens=max_tokens)
+    with Verifiers(say=dpo.tools.progress.say) as verifiers:
+        scorer = Scorer(probing, verifiers, None, dpo.processing_class)
+        dpo.add_callback(
+            HeldOut(dpo, lambda engine, seed: look(engine, dpo, reference, rows, scorer, probing, seed), every)
+        )
+        yield
+
+
+class HeldOut(TrainerCallback):  # type: ignore[misc]
+    """See `held_out`.
+
+    Args:
+        dpo: the trainer.
+        probe: answers and verifies, given the sampler and a seed.
         every: share of the steps between two looks.
     """
 
-    def __init__(
-        self, dpo: DPO, rows: Sequence[Row], scorer: Scorer, probing: Probing, reference: Any, every: float
-    ) -> None:
-        from align.core.engines.transformers_engine import TransformersEngine
-
-        self.dpo, self.rows, self.scorer, self.probing, self.reference = dpo, rows, scorer, probing, reference
-        self.every = every
+    def __init__(self, dpo: DPO, probe: Callable[[Any, int], Probe], every: float) -> None:
+        self.dpo, self.probe, self.every = dpo, probe, every
         self.engine = TransformersEngine(dpo.model, dpo.processing_class, fingerprint="live")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,7 +184,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]
         training = dpo.model.training
         dpo.model.eval()
         try:
-            probe = look(self.engine, dpo, self.reference, self.rows, self.scorer, self.probing, dpo.tools.seed)
+            probe = self.probe(self.engine, dpo.tools.seed)
         finally:
             dpo.model.train(training)
         if dpo.accelerator.is_main_process:

@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from align.core.errors import RecipeError, RunError
+from align.core.segments import Branch, Tree, by_branch, can_be_flat, collate, model_inputs
 from align.core.stage import Tools
 from align.train.head import score_labelled_only
 from align.train.losses import SORTING, Pairs, terms
@@ -44,10 +45,32 @@ def dpo_arguments(settings: DPOSettings, speed: Speed, tools: Tools) -> Any:
     )
 
 
+def collate_pairs(rows: Sequence[Mapping[str, Any]], flat: bool, pad_id: int = 0) -> dict[str, Any]:
+    """B pairs as a batch: each a prompt with two branches, which in a flat batch is computed once for both.
+
+    Args:
+        rows: pairs of ids, and their `ref_chosen_logps` and `ref_rejected_logps` where these are known.
+        flat: see `align.core.segments.collate`.
+        pad_id: any token.
+
+    Returns:
+        What `collate` gives, its branches numbered chosen, rejected, chosen, ...; `tokens` of the completions, (B, 2);
+        `read`, the tokens that the model computes, padding apart; and `reference`, (B, 2).
+    """
+    trees = [Tree(row["prompt_ids"], [Branch(row["chosen_ids"]), Branch(row["rejected_ids"])]) for row in rows]
+    batch = collate(trees, flat, pad_id)
+    batch["tokens"] = torch.tensor([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+    batch["read"] = torch.tensor(batch["input_ids"].numel()) if flat else batch["attention_mask"].sum()
+    if "ref_chosen_logps" in rows[0]:
+        batch["reference"] = torch.tensor([[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows])
+    return batch
+
+
 class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
     """Rows are pairs of ids with `ref_chosen_logps` and `ref_rejected_logps`, which `reference_logps` gives.
 
     Attributes:
+        flat: whether batches are flat; a model that can't read such is given padded rows.
         starts_at_reference: whether the policy is the reference before the first step; then that is checked at it.
         mean_tokens: of a chosen completion, over the global batch that is under way.
         clock: when the last step was logged; whoever takes time between two steps sets it on.
@@ -67,6 +90,10 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
                 "dpo and online-dpo run the whole model in each process before the first step: start them without FSDP "
                 "and DeepSpeed (plain data parallel), and use lora_rank where memory is short"
             )
+        self.precision = "bf16" if self.args.bf16 else "fp32"
+        self.flat = can_be_flat(self.model, self.precision)
+        pad_id = self.processing_class.pad_token_id
+        self.data_collator = lambda pairs: collate_pairs(pairs, self.flat, pad_id)
         sorting = sorted(set(settings.losses) & set(SORTING))
         if sorting and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
             raise RecipeError(
@@ -77,12 +104,10 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
 
     # --- log-probabilities ------------------------------------------------------------------------------------------
 
-    def score(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Summed log-probabilities of the chosen and the rejected, (B, 2), nats, float32; and their tokens, (B, 2)."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        out = model(**given, labels=labels, fused_lm_head=True)
-        return torch.stack(out.log_probs.float().sum(1).chunk(2), 1), torch.stack(out.label_mask.sum(1).chunk(2), 1)
+    def score(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Summed log-probabilities of the chosen and the rejected of B pairs, (B, 2), nats, float32."""
+        out = model(**model_inputs(inputs), use_cache=False, fused_lm_head=True)
+        return by_branch(out.log_probs.float(), inputs["branch"], 2 * len(inputs["tokens"])).view(-1, 2)
 
     def reference_logps(self, pairs: Sequence[PairIds], reference: Any = None) -> npt.NDArray[np.float32]:
         """Summed log-probabilities of the chosen and the rejected under the reference model, (N, 2), nats.
@@ -105,8 +130,9 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         return self._logps(pairs, self.model)
 
     def score_like_the_policy(self, reference: Any) -> Any:
-        """Puts the trainer's head on a reference model, and the model where the trainer's is."""
+        """Puts the trainer's head and attention on a reference model, and the model where the trainer's is."""
         add_fused_lm_head(reference)
+        self.flat = self.flat and can_be_flat(reference, self.precision)
         if self.args.use_cpu:
             score_labelled_only(reference)
         return reference.to(self.args.device).eval().requires_grad_(False)
@@ -120,9 +146,9 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         training = model.training
         model.eval()
         for batch in batches[self.args.process_index :: self.args.world_size]:
-            rows = [{name: pairs[int(i)][name] for name in _IDS} for i in batch]
+            rows = [{name: ids for name, ids in pairs[int(i)].items() if name in _IDS} for i in batch]
             with no_grad(), self.accelerator.autocast():
-                logps, _ = self.score(model, self._prepare_inputs(self.data_collator(rows)))
+                logps = self.score(model, self._prepare_inputs(self.data_collator(rows)))
             mine.append((batch.tolist(), logps.cpu().numpy()))
         model.train(training)
         found = np.empty((len(lengths), 2), np.float32)
@@ -138,28 +164,28 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         self.look_over(batches)
         return batches, None
 
-    def look_over(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def look_over(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts, over all processes, what the loss of a micro batch must know of its global batch."""
         if "sft" in self.settings.losses:
-            masks = [batch["completion_mask"].chunk(2)[0] for batch in batches]
-            counts = torch.tensor([sum(float(mask.sum()) for mask in masks), sum(len(mask) for mask in masks)])
-            tokens, pairs = self.accelerator.reduce(counts.to(self.args.device)).tolist()
-            self.mean_tokens = tokens / pairs
+            tokens = torch.cat([batch["tokens"][:, 0] for batch in batches]).float().mean()
+            self.mean_tokens = self.accelerator.reduce(tokens.to(self.args.device), "mean").item()
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False) -> Any:
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         """The weighted sum of the losses, each a mean over these pairs."""
-        logps, tokens = self.score(model, inputs)
-        reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], 1).float()
-        pairs = Pairs(*logps.unbind(1), *reference.unbind(1), *tokens.float().unbind(1), self.mean_tokens)
+        with self.router.watching():
+            logps = self.score(model, inputs)
+        reference, tokens = inputs["reference"].float(), inputs["tokens"].float()
+        pairs = Pairs(*logps.unbind(1), *reference.unbind(1), *tokens.unbind(1), self.mean_tokens)
         if self.starts_at_reference and self.step == 0:
             self._check_margins(logps.detach(), reference, tokens)
         found = terms(pairs, self.settings)
         loss = torch.stack([weight * value for weight, value in found.values()]).sum()
+        loss = loss + self.router.term(1.0, None if self.flat else inputs["attention_mask"].bool())
         with no_grad():
             figures = self._figures(pairs)
             if len(found) > 1:
                 figures |= {name if name == "nll" else f"loss/{name}": value for name, (_, value) in found.items()}
-            figures["tokens"] = inputs["attention_mask"].sum().float()
+            figures["tokens"] = inputs["read"].float()
             self._names = tuple(figures)
             self._seen.append(torch.stack(list(figures.values())).detach())
         return (loss, None) if return_outputs else loss
@@ -205,7 +231,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
     def _check_margins(self, logps: Tensor, reference: Tensor, tokens: Tensor) -> None:
         """Before the first step policy and reference are one model, so all log-ratios must be 0 up to rounding."""
         apart = ((logps - reference).abs() / tokens).max().item()
-        if not apart <= SAME["bf16" if self.args.bf16 else "fp32"]:
+        if not apart <= SAME[self.precision]:
             raise RunError(
                 f"before the first step the policy's log-probabilities differ from the reference's by {apart:.2g} nats "
                 "a token, though they are one model; the reference was computed otherwise than the policy is, so the "

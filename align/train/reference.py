@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from align.core.errors import RunError
 from align.core.fingerprint import fingerprint_of
+from align.core.stage import Tools
 
 CODE = 1
 """Raised when our code would give other log-probabilities for the same ids and weights."""
@@ -44,14 +45,13 @@ _IDLE = {
 }  # fmt: skip
 
 
-def setup_of(model: Any, precision: str, device: str, layout: str) -> dict[str, Any]:
-    """Everything but the pairs that changes a log-probability, and if only by rounding.
+def setup_of(model: Any, precision: str, device: str) -> dict[str, Any]:
+    """Everything about a model and a machine that changes a log-probability, and if only by rounding.
 
     Args:
         model: the reference, before a trainer has put its hands on it; without adapters.
         precision: of the computation.
         device: `cpu` or `cuda`; of a GPU its name counts.
-        layout: how rows lie in a batch (`flat`, `padded`).
     """
     import torch
 
@@ -62,7 +62,6 @@ def setup_of(model: Any, precision: str, device: str, layout: str) -> dict[str, 
         "attention": str(model.config._attn_implementation),
         "precision": precision,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "layout": layout,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "code": CODE,
     }
@@ -94,7 +93,7 @@ class LogpCache:
 
     Args:
         folder: of all setups.
-        setup: see `setup_of`.
+        setup: see `setup_of`, and how rows lie in a batch.
         say: is told about damaged files.
     """
 
@@ -178,3 +177,49 @@ def cached_logps(
         if main:
             cache.add([digests[number] for number in numbers], found[numbers])
     return found, {"computed": len(missing), "from_cache": len(digests) - len(missing)}
+
+
+def reference_logps(
+    dpo: Any, pairs: Any, frozen: Any, setup: Mapping[str, Any], tools: Tools
+) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """The reference's log-probabilities of all pairs, (N, 2), nats; and for the summary where they are from.
+
+    They are kept in the work folder too: a killed run goes on from the very same ones, whatever became of the cache.
+
+    Args:
+        dpo: the trainer, which computes those that are missing.
+        pairs: a `datasets.Dataset` of ids.
+        frozen: the reference, ready to score; None where the policy holds it in itself.
+        setup: of the reference, see `setup_of`.
+        tools: `cache`, and `work` where there is none.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    def agree(thing: Any) -> Any:
+        return broadcast_object_list([thing])[0]
+
+    main = dpo.accelerator.is_main_process
+    setup = {**setup, "layout": "flat" if dpo.flat else "padded"}
+    cache = LogpCache((tools.cache or tools.work) / "reference", setup, tools.progress.say)
+    kept = tools.work / f"reference-{cache.key}.npy"
+    known = agree(np.load(kept) if main and kept.exists() else None)
+    if known is not None:
+        return known, {"reference_logps": {"computed": 0, "from_cache": len(known)}}
+    logps, counts = cached_logps(cache, pairs, lambda some: dpo.reference_logps(some, frozen), main, agree)
+    if main:
+        part = kept.with_suffix(".part.npy")
+        np.save(part, logps)
+        part.replace(kept)
+    tools.progress.say(
+        f"reference: {counts['computed']} pairs computed, {counts['from_cache']} found in {cache.folder.parent} "
+        f"({cache.size() / 1e6:.1f} MB)"
+    )
+    return logps, {"reference_logps": counts}
+
+
+def with_reference(pairs: Any, logps: npt.NDArray[np.float32]) -> Any:
+    """The pairs with their reference log-probabilities, as the trainer takes them."""
+    columns = pairs.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+    return columns.select_columns(
+        ["prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"]
+    )

@@ -37,6 +37,38 @@ class TrainSettings(StageConfig):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
     lora_targets: str | list[str] = Field("all-linear", description="module names that get adapters, or 'all-linear'")
     save_merged: bool = Field(True, description="write full weights; false writes the LoRA adapters alone")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the frozen base in 4 bits under LoRA adapters (QLoRA); needs CUDA and bitsandbytes"
+    )
+    router_loss_weight: float | None = Field(
+        None, ge=0, description="of a mixture-of-experts' load-balancing loss; the model's own where not given, 0: off"
+    )
+    rope_scaling: Literal["none", "yarn"] = Field(
+        "none", description="yarn: stretch rotary positions beyond the length that the model was trained on"
+    )
+    rope_factor: float | None = Field(
+        None, gt=1, description="by how much yarn stretches; max_length over the trained length where not given"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Self:
+        if not self.lora_rank and not self.save_merged:
+            raise ValueError("save_merged: false writes LoRA adapters, and there are none; set lora_rank, or leave it")
+        if not self.lora_rank and self.lora_dropout:
+            raise ValueError("lora_dropout has no effect without LoRA adapters; set lora_rank, or leave it")
+        if not self.lora_rank and self.quantization != "none":
+            raise ValueError(
+                f"quantization: {self.quantization} freezes the weights in 4 bits, so without LoRA adapters nothing "
+                "would be trained; set lora_rank, such as 16"
+            )
+        if self.rope_factor is not None and self.rope_scaling == "none":
+            raise ValueError("rope_factor has no effect without rope_scaling; set rope_scaling to yarn, or leave it")
+        if self.rope_scaling != "none" and not self.save_merged:
+            raise ValueError(
+                "save_merged: false keeps adapters alone, and the stretched positions stand in the model's config; "
+                "set save_merged to true"
+            )
+        return self
 
 
 Loss = Literal[

@@ -37,11 +37,12 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     """Trains a policy on demonstrations and writes it to `tools.out / "model"`."""
     from trl import SFTConfig
 
-    from align.train import models, trainer
+    from align.train import adapters, models, trainer
     from align.train.data import batch_order, tokens_on_disk
 
     base, table = inputs["model"], inputs["demonstrations"]
     assert isinstance(base, ModelRef) and isinstance(table, Table)  # the pipeline has checked the kinds
+    adapters.check_stackable(base, config)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(base)
     arguments = trainer.training_arguments(
@@ -60,19 +61,20 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     sft = trainer.SFT(
         config,
         tools,
-        model=models.load_policy(base, speed, frozen=config.lora_rank > 0),
+        model=models.load_policy(base, speed, config, int(lengths.max())),
         args=arguments,
         processing_class=tokenizer,
         train_dataset=tokens.select_columns(["input_ids", "labels"]).select(order),
-        peft_config=models.lora_of(config, base),
+        peft_config=adapters.lora_of(config, base),
         rows=len(tokens),
     )
     sft.train_or_resume()
-    models.save_policy(sft, tokenizer, tools.out / "model", models.source_dtype(base), merged=config.save_merged)
+    models.save_policy(sft, tokenizer, tools.out / "model", config, base)
     return Result(
         summary=sft.summary()
         | dict(counts)
-        | {"base": base.name, "loss_over": "supervised tokens of the global batch, all processes"}
+        | adapters.lineage(base, config)
+        | {"loss_over": "supervised tokens of the global batch, all processes"}
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
 from align.core.errors import RecipeError, RunError
+from align.core.router import RouterLoss
 from align.core.stage import Tools
 from align.train.head import score_labelled_only
 from align.train.settings import Speed, TrainSettings
@@ -112,6 +113,8 @@ class OurTrainer:
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)  # the step's own progress speaks
         self.rows = rows
+        self.aux_loss_enabled = False  # TRL's; ours stands beside whatever loss there is
+        self.router = RouterLoss(self.model, settings.router_loss_weight)
         self.curves = Curves(tools, self)
         self.add_callback(self.curves)
         self.add_callback(Marks())
@@ -164,6 +167,13 @@ class OurTrainer:
 
 class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer on our own ids and labels."""
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, num_items_in_batch: Any = None, **more: Any) -> Any:
+        """TRL's, and the load-balancing loss of experts."""
+        mask = inputs["attention_mask"].bool()
+        with self.router.watching():
+            loss = super().compute_loss(model, inputs, *rest, num_items_in_batch=num_items_in_batch, **more)
+        return loss + self.router.term(1 / self.current_gradient_accumulation_steps, mask)
 
 
 class Curves(TrainerCallback):  # type: ignore[misc]

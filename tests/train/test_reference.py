@@ -71,7 +71,7 @@ def test_a_pair_is_known_by_its_ids_and_by_where_they_are_cut() -> None:
     assert pair_digest(one) == pair_digest({name: np.array(ids, np.int32) for name, ids in one.items()})
 
 
-SETUP = {"precision": "fp32", "device": "cpu", "layout": "flat"}
+SETUP = {"precision": "fp32", "device": "cpu"}
 
 
 def changed_weight() -> Any:
@@ -102,7 +102,6 @@ def with_attention() -> Any:
         ("attention", with_attention, {}),
         ("precision", make_model, {"precision": "bf16"}),
         ("device", make_model, {"device": "mps"}),
-        ("layout", make_model, {"layout": "padded"}),
     ],
 )
 def test_whatever_changes_a_figure_changes_the_key(what: str, model: Any, more: dict[str, str], tmp_path: Path) -> None:
