@@ -291,13 +291,13 @@ def segment_attention(
         return out[None], None
     parts = []
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    for start, end, first, last in segments.spans:
-        q = query[:, :, start:end]
-        if first == last:
-            k, v = key[:, :, start:end], value[:, :, start:end]
-        else:
-            k = torch.cat([key[:, :, first:last], key[:, :, start:end]], dim=2)
-            v = torch.cat([value[:, :, first:last], value[:, :, start:end]], dim=2)
+    sizes = [end - start for start, end, _, _ in segments.spans]  # they follow each other and leave nothing out
+    split = [each.split(sizes, dim=2) for each in (query, key, value)]  # its gradient is one concatenation
+    at = {start: number for number, (start, *_) in enumerate(segments.spans)}
+    for number, (start, end, first, last) in enumerate(segments.spans):
+        q, k, v = (each[number] for each in split)
+        if first < last:
+            k, v = (torch.cat([each[at[first]], own], dim=2) for each, own in zip(split[1:], (k, v), strict=True))
         plain = first == last and (sliding_window is None or end - start <= sliding_window)
         mask = None if plain else _seen(end - start, last - first, sliding_window, str(query.device))
         parts.append(
