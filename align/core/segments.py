@@ -292,7 +292,7 @@ def segment_attention(
     parts = []
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     sizes = [end - start for start, end, _, _ in segments.spans]  # they follow each other and leave nothing out
-    split = [each.split(sizes, dim=2) for each in (query, key, value)]  # its gradient is one concatenation
+    split = [torch.split(each, sizes, dim=2) for each in (query, key, value)]  # its gradient is one concatenation
     at = {start: number for number, (start, *_) in enumerate(segments.spans)}
     for number, (start, end, first, last) in enumerate(segments.spans):
         q, k, v = (each[number] for each in split)
