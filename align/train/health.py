@@ -145,7 +145,7 @@ def held_out(dpo: DPO, rows: Sequence[Row], reference: Any, max_tokens: int, eve
     if not rows:
         yield
         return
-    probing = Probing(scorer="verifier", max_tokens=max_tokens)
+    probing = Probing.model_validate({"scorer": "verifier", "max_tokens": max_tokens})
     with Verifiers(say=dpo.tools.progress.say) as verifiers:
         scorer = Scorer(probing, verifiers, None, dpo.processing_class)
         dpo.add_callback(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -66,6 +66,19 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], flat: bool, pad_id: int = 0
     return batch
 
 
+def without_dropout(model: Any) -> None:
+    """Turns every kind of dropout off: that of modules, and the attention's, which is a number in the layers.
+
+    TRL's `disable_dropout` leaves the second kind on, so that the policy is computed otherwise than its reference.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
     """Rows are pairs of ids with `ref_chosen_logps` and `ref_rejected_logps`, which `reference_logps` gives.
 
@@ -90,6 +103,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
                 "dpo and online-dpo run the whole model in each process before the first step: start them without FSDP "
                 "and DeepSpeed (plain data parallel), and use lora_rank where memory is short"
             )
+        without_dropout(self.model)
         self.precision = "bf16" if self.args.bf16 else "fp32"
         self.flat = can_be_flat(self.model, self.precision)
         pad_id = self.processing_class.pad_token_id
@@ -121,8 +135,9 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         """
         if reference is not None:
             return self._logps(pairs, reference)
-        policy = self.accelerator.unwrap_model(self.model)
-        with policy.disable_adapter() if is_peft_model(policy) else nullcontext():
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        adapted: bool = is_peft_model(policy)
+        with policy.disable_adapter() if adapted else nullcontext():
             return self._logps(pairs, self.model)
 
     def policy_logps(self, pairs: Sequence[PairIds]) -> npt.NDArray[np.float32]:
@@ -175,7 +190,15 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         with self.router.watching():
             logps = self.score(model, inputs)
         reference, tokens = inputs["reference"].float(), inputs["tokens"].float()
-        pairs = Pairs(*logps.unbind(1), *reference.unbind(1), *tokens.unbind(1), self.mean_tokens)
+        pairs = Pairs(
+            chosen=logps[:, 0],
+            rejected=logps[:, 1],
+            ref_chosen=reference[:, 0],
+            ref_rejected=reference[:, 1],
+            chosen_tokens=tokens[:, 0],
+            rejected_tokens=tokens[:, 1],
+            mean_tokens=self.mean_tokens,
+        )
         if self.starts_at_reference and self.step == 0:
             self._check_margins(logps.detach(), reference, tokens)
         found = terms(pairs, self.settings)

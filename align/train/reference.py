@@ -6,8 +6,8 @@ ids; so another template, another cut or another model never finds what isn't it
 remembered here.
 
 On disk: `CACHE/reference/KEY/`, one file for each stretch of pairs that was computed, named by the hash of what is in
-it, and `setup.json`, which says in words what the key stands for. A file is there whole or not at all. The folder may be
-deleted at any time.
+it, and `setup.json`, which says in words what the key stands for. A file is there whole or not at all. The folder may
+be deleted at any time.
 """
 
 from __future__ import annotations
