@@ -7,6 +7,9 @@
 | ShareGPT | `conversations`: turns with `from` and `value` |
 | OpenAI, TRL | `messages`: turns with `role` and `content` |
 | HH, UltraFeedback | `chosen` and `rejected` that begin with the same turns (text with "Human:" and "Assistant:" too) |
+| RewardBench 2 | a prompt, and lists of texts: `chosen` are right, `rejected` wrong |
+| LLMBar | `input`, `output_1` and `output_2`, and `label`: the number of the better one |
+| samples | a question and a list of answers; `reward` or `verdict` beside it are lists as long |
 | GSM8K | `question`, `answer` that ends with `#### number`; becomes a maths reference |
 | plain | one of `prompt`, `instruction`, `question`, with one of `completion`, `output`, `response`, `answer` or none |
 
@@ -22,9 +25,9 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.records import Kind, Messages, Row
+from align.core.unfold import LLMBAR, SIDES, Record, are_texts, each_answer, each_pair, two_outputs
 
-Record = dict[str, Any]
-VERSION = 1
+VERSION = 2
 """Raised when the same file would now give other rows."""
 
 QUESTIONS = ("prompt", "instruction", "question")
@@ -35,6 +38,8 @@ _ROLES = {
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool",
     "function_response": "tool",
 }  # fmt: skip
+_BESIDE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
+"""Keys of a turn that are kept beside its role and content."""
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 GSM8K_ANSWER = re.compile(r"####\s*(\S[^\n]*?)\s*$")
 KNOWN = (
@@ -65,15 +70,22 @@ def shape_of(columns: Sequence[str], kind: Kind | None, where: str) -> Shape:
     answer = next((name for name in ANSWERS if name in columns), None)
     chat = next((name for name in CHATS if name in columns), None)
     pair = "chosen" in columns and "rejected" in columns
+    if set(columns) >= LLMBAR and kind in (Kind.PREFERENCES, Kind.COMPLETIONS) and not (pair or answer):
+        named = shape_of([*(name for name in columns if name not in LLMBAR), "prompt", *SIDES], kind, where)
+        return lambda record, place: named(two_outputs(record, place), place)
     if kind is None:
         return _as_it_is
     if kind is Kind.ONTOLOGY and "tag" in columns:
         return lambda record, _: [record]
     if kind is Kind.PREFERENCES and pair:
-        return lambda record, place: [_preference(record, question, chat, place)]
+        return lambda record, place: [_preference(one, question, chat, place) for one in each_pair(record)]
     if kind is Kind.COMPLETIONS and pair and not answer:
-        return lambda record, place: _two_completions(_preference(record, question, chat, place))
-    if kind in (Kind.DEMONSTRATIONS, Kind.COMPLETIONS) and question and answer:
+        return lambda record, place: _of_a_pair(record, question, chat, place)
+    if kind is Kind.COMPLETIONS and question and answer:
+        return lambda record, place: [
+            _answered(one, kind, question, answer, place) for one in each_answer(record, answer, place)
+        ]
+    if kind is Kind.DEMONSTRATIONS and question and answer:
         return lambda record, place: [_answered(record, kind, question, answer, place)]
     if kind in (Kind.DEMONSTRATIONS, Kind.COMPLETIONS) and chat:
         return lambda record, place: [_dialogue(record, kind, chat, place)]
@@ -98,6 +110,8 @@ def _answered(record: Record, kind: Kind, question: str, answer: str | None, whe
     """Rows of a question's column and, where there is one, an answer's."""
     row = _without(record, question, *_beside(question), "system", *([answer] if answer else []))
     row["prompt"] = _prompt(record, question, where)
+    if isinstance(row.get("answer"), str):  # a gold answer beside the one that counts
+        row["answer"] = messages(row["answer"], "assistant", "answer", where)
     if answer is None or (kind is Kind.PROMPTS and record[answer] is None):
         return row
     text = record[answer]
@@ -186,6 +200,22 @@ def _preference(record: Record, question: str | None, chat: str | None, where: s
     return row | {"prompt": _ends_with_user(prompt, "the prompt", where), "chosen": chosen, "rejected": rejected}
 
 
+def _of_a_pair(record: Record, question: str | None, chat: str | None, where: str) -> list[Row]:
+    """The completions of a record with chosen and rejected ones; of lists of texts each one once."""
+    if not all(are_texts(record[side]) for side in SIDES):
+        return _two_completions(_preference(record, question, chat, where))
+    texts = [(text, side) for side in SIDES for text in record[side]]
+    first = _preference(each_pair(record)[0], question, chat, where)
+    rest = _without(first, *SIDES, "margin")
+    return [
+        rest | {
+            "sample_index": number, "completion": messages(text, "assistant", side, where),
+            "reward": float(side == "chosen"), "verdict": "passed" if side == "chosen" else "failed",
+        }
+        for number, (text, side) in enumerate(texts)
+    ]  # fmt: skip
+
+
 def _two_completions(row: Row) -> list[Row]:
     """A preference as two scored completions: the chosen one is better by the margin (1 where none is known)."""
     rest = _without(row, "chosen", "rejected", "margin")
@@ -243,7 +273,12 @@ def _turn(turn: Any, column: str, where: str) -> Any:
         content = ""
     if not isinstance(content, str):
         raise DataError(f"{where}: {column} has a turn whose content is {content!r:.60}; text was expected")
-    more = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name") if turn.get(key) is not None}
+    more = {key: turn[key] for key in _BESIDE if turn.get(key) is not None}
+    if _ROLES[said] != "assistant":  # of others nothing is learnt
+        more.pop("weight", None)
+    weight = more.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise DataError(f"{where}: {column} has a turn of the weight {weight!r:.40}; a number was expected")
     return {"role": _ROLES[said], "content": content, **more}
 
 
