@@ -187,7 +187,8 @@ def _figures(model: Any, tokenizer: Any, ref: ModelRef) -> list[float]:
     import torch
 
     if ref.kind is Kind.REWARD_MODEL:
-        from reward.model import Card, RewardModel, template_hash
+        from reward.loading import template_hash
+        from reward.model import Card, RewardModel
 
         judge = RewardModel(model, tokenizer, Card(template=template_hash(tokenizer)), ref.name)
         return judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE])

@@ -1,4 +1,4 @@
-"""`align chat`: what is answered, what is remembered, and what is refused. A scripted engine stands in where words count."""
+"""`align chat`: what is answered, remembered and refused; a scripted engine stands in where words count."""
 
 from __future__ import annotations
 
@@ -120,10 +120,12 @@ def test_a_pipe_gets_answers_and_what_goes_wrong_in_a_line_ends_nothing(
         yield Completion("", (), "stop")
 
     monkeypatch.setattr(TransformersEngine, "stream", stream)
-    lines = ["one", "", "/nothing", "/retry", "/set temperature=0", "/set temperature=-1", "/set system=x", "two", "stop",
-             "/system Be kind.", "three", "/reset", "/retry", "/help", "four", "/quit", "never"]  # fmt: skip
-    answers, told = said(model, "\n".join(lines))
-    # 1 message and the temperature that is the default; the same once more; 3 messages; stopped; with a system prompt 2.
+    answers, told = said(
+        model,
+        "one\n\n/nothing\n/retry\n/set temperature=0\n/set temperature=-1\n/set system=x\ntwo\nstop\n"
+        "/system Be kind.\nthree\n/reset\n/retry\n/help\nfour\n/quit\nnever\n",
+    )
+    # Of one message; once more, with another draw; of three; stopped; of two, the system prompt among them; the same.
     assert answers == ["1 0.7 0", "1 0.7 1", "3 0 2", "", "2 0 4", "2 0 5"]
     assert "base: 0.0M weights, cpu, float32, 256 tokens of context" in told
     for text in ("/nothing: there is no such command", "/set: temperature: expected", "/set: system can't be changed",

@@ -79,13 +79,43 @@ def memory_needed(
     return needed
 
 
+def memory_of(
+    model: Any, settings: Any, speed: Any, tokens: int, labelled: int, reference: bool = False
+) -> dict[str, Any]:
+    """What a training tells of its memory before it starts: `memory` by part, and `memory_there`.
+
+    Args:
+        model: that is trained, wrapped or not.
+        settings: of a training stage.
+        speed: its device, precision and gradient_checkpointing.
+        tokens: see `memory_needed`.
+        labelled: see there.
+        reference: see there.
+    """
+    from align.core.engines.decoder import bare_model
+
+    needed = memory_needed(
+        bare_model(model).config,
+        tokens,
+        labelled,
+        lora_rank=settings.lora_rank,
+        lora_targets=settings.lora_targets,
+        quantization=settings.quantization,
+        precision=speed.precision,
+        checkpointing=speed.gradient_checkpointing,
+        reference=reference,
+        device=speed.device,
+    )
+    return {"memory": needed, "memory_there": memory_there(speed.device)}
+
+
 def memory_there(device: str) -> int:
     """Bytes that are free: of the GPU, or of this machine's memory within the limit of its container."""
     if device != "cpu":
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    import psutil
+    import psutil  # comes with accelerate
 
     free = int(psutil.virtual_memory().available)
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))

@@ -188,6 +188,7 @@ def start_of(
 ) -> Start:
     """What the training is, told before its first step."""
     from align.core.cost import shape_of, training_flops, training_seconds
+    from align.core.memory import memory_of
     from align.train.trainer import learning_rate_factor
 
     arguments = dpo.args
@@ -233,6 +234,9 @@ def start_of(
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{speed.device}, {speed.precision}",
+        **memory_of(
+            dpo.model, config, speed, micro * int(lengths.sum(1).max()), micro * int(lengths[:, 1:].sum(1).max())
+        ),
         seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )
 

@@ -1,4 +1,4 @@
-"""Models in and out of training: adapters on adapters, experts, tied and untied embeddings, stretched positions, QLoRA."""
+"""Models in and out of training: adapters on adapters, experts, tied embeddings, stretched positions, QLoRA."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_new_adapters_are_not_laid_upon_ones_that_are_no_plain_lora(lora: Path, 
 
 
 def test_an_adapter_does_not_cut_the_rows_that_its_base_has_beyond_the_tokenizer(lora: Path, tmp_path: Path) -> None:
-    """Qwen2's embeddings have 271 rows that its tokenizer doesn't know; a loader that cuts them breaks the checkpoint."""
+    """Qwen2's embeddings have 271 rows that its tokenizer doesn't know; cut, they no longer fit its config."""
     before = AutoModelForCausalLM.from_pretrained(lora / "base")
     before.resize_token_embeddings(len(make_tokenizer()) + 9)
     before.save_pretrained(tmp_path / "base")
