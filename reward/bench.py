@@ -150,7 +150,7 @@ def _tell(
 
     if not right:
         raise DataError(
-            f"{table.name}: nothing to tell apart in split {config.split!r}: a prompt needs a better and a worse answer "
+            f"{table.name}: nothing to tell apart in split {config.split!r}: a prompt needs better and worse answers "
             f"({counts['one_sided']} prompts have answers of one worth only, {counts['unlabelled']} answers no label)"
         )
     by_subset = {name: share(*counted) for name, counted in right.items()}

@@ -65,7 +65,7 @@ def test_hh_reads_without_the_dialogues_that_part_early(judge: Path, tmp_path: P
 
 
 def test_samples_with_verdicts_give_a_best_of_n_curve(judge: Path, tmp_path: Path) -> None:
-    """8 samples of a problem, with whether each is right. Of 50 problems 7 have both kinds; the first has none wrong."""
+    """8 samples of each problem, right or wrong. Of 50 problems 7 have both kinds; the first has none wrong."""
     records = (DATA / "math_cot_rm8_even" / "math_cot_50.jsonl").read_text().splitlines()
     mixed = [line for line in records if 0 < sum(json.loads(line)["score"]) < 8]
     (tmp_path / "samples.jsonl").write_text("\n".join([records[0], *mixed]))
