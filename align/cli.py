@@ -159,6 +159,28 @@ def check(recipe: RecipeFile, arguments: Arguments = None, out: Annotated[Path |
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|STAGE", help="a recipe, or a stage that trains")],
+    arguments: Arguments = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME where not given")] = None,
+) -> None:
+    """Rehearse each training of a recipe (or a stage alone) up to its first step: data, batches, memory, time."""
+    with _told():
+        from align.doctor import examine
+        from align.pipeline import plan
+        from align.recipe import load_recipe, load_stage
+        from align.shipped import recipe_file
+
+        if recipe in TABLE or ":" in recipe:
+            given = arguments or []
+            somewhere = [] if any(each.startswith("out=") for each in given) else [f"out={out or f'runs/{recipe}'}"]
+            checked = load_stage(recipe, [*given, *somewhere])
+        else:
+            checked = load_recipe(recipe_file(recipe), arguments or [], out)
+        examine(checked, plan(checked))
+
+
+@app.command()
 def status(folder: RunFolder) -> None:
     """Tell how far a run is."""
     with _told():
@@ -185,6 +207,31 @@ def trace(folder: RunFolder, row_id: Annotated[str, typer.Argument(metavar="ROW_
         from align.core.lineage import trace as trace_row
 
         print(render_trace(trace_row(folder, row_id)))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, RUN/STEP, or Hub id", show_default=False)],
+    arguments: Arguments = None,
+) -> None:
+    """Talk to a model: system=…, temperature=…, top_p=…, max_tokens=…, seed=…, device=…, dtype=…."""
+    with _told():
+        from align.chat import chat as talk
+
+        talk(model, arguments or [])
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, RUN/STEP, or Hub id", show_default=False)],
+    arguments: Arguments = None,
+) -> None:
+    """Write a model whole, LoRA merged, checked: out=FOLDER, dtype=…, push=user/name, private=true."""
+    with _told():
+        from align.export import export as export_model
+
+        for line in export_model(model, arguments or []):
+            print(line)
 
 
 @app.command("make-tiny")

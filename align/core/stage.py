@@ -87,6 +87,9 @@ class Tools:
         work: a folder that survives a kill of this step and is removed when it is done (checkpoints).
         out: the step's own folder; a model goes to `out / "model"`, curves to `out / "metrics.jsonl"`.
         speed: settings that change how fast but not what: device, precision, micro batch size, ...
+        cache: a folder that all runs share, for what is dear to compute and known by its content; may vanish any time.
+            None: nothing is kept beyond the step.
+        rehearse: a training stage prepares everything, tells what it would do, and returns before its first step.
     """
 
     seed: int
@@ -95,6 +98,8 @@ class Tools:
     work: Path
     out: Path
     speed: Mapping[str, Any] = field(default_factory=dict)
+    cache: Path | None = None
+    rehearse: bool = False
 
     def all_of(self, role: str) -> list[Engine]:
         """The engines of a role that may have several (`Stage.several`), in the order in which they were given."""

@@ -1,8 +1,10 @@
-"""Policies from folder to folder: loading, LoRA, and writing what was trained."""
+"""Policies from folder to folder: loading them for training, and writing what was trained."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
 from align.core.chat import end_of_turn_id
-from align.core.errors import ModelError, RunError
+from align.core.errors import ModelError, RecipeError, RunError
+from align.core.rope import check_fits, stretch
 from align.core.store import ModelRef
+from align.train.adapters import adapter_of, save_adapters
 from align.train.settings import Speed, TrainSettings
 
 logging.disable_progress_bar()  # the step has its own
@@ -43,45 +47,91 @@ def load_tokenizer(model: ModelRef) -> Any:
     return tokenizer
 
 
-def load_policy(model: ModelRef, speed: Speed, frozen: bool = False) -> Any:
+def load_policy(
+    model: ModelRef, speed: Speed, settings: TrainSettings | None = None, longest: int = 0, frozen: bool = False
+) -> Any:
     """A causal language model, in training precision. An adapter folder is merged into its base.
 
     Weights are fp32 (the optimizer's updates are too small for bf16); where only adapters or nothing will be trained
-    they have the computation's precision.
+    they have the computation's precision, or 4 bits where the settings say so.
 
     Args:
-        frozen: whether the base weights stay as they are.
+        settings: of the training; adapters, quantization and stretched positions are read off them. A reference model
+            is loaded with its policy's.
+        longest: tokens of the longest row that the model will read, where that is known.
+        frozen: whether the base weights stay as they are; with LoRA they do.
 
     Raises:
-        ModelError: the folder holds no causal language model.
+        ModelError: the folder holds no causal language model, or its positions don't reach so far.
+        RecipeError: the weights can't be in 4 bits here.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    frozen = frozen or (settings is not None and settings.lora_rank > 0)
     dtype = torch.bfloat16 if frozen and speed.precision == "bf16" else torch.float32
-    path = Path(model.path)
+    adapters = adapter_of(model)
+    base, revision = (model.path, model.revision)
+    if adapters is not None:
+        base, revision = str(adapters.base_model_name_or_path), adapters.revision
+    more: dict[str, Any] = {"dtype": torch.float32 if adapters is not None else dtype}
+    if settings is not None and settings.quantization == "nf4":
+        more |= nf4(speed, model.name if adapters is not None else "")
     try:
-        if (path / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
-
-            adapted = AutoPeftModelForCausalLM.from_pretrained(model.path, dtype=dtype)
-            loaded = adapted.merge_and_unload().requires_grad_(True)
-        else:
-            revision = model.revision or "main"
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                model.path, dtype=dtype, revision=revision, output_loading_info=True
+        config = AutoConfig.from_pretrained(base, revision=revision or "main")
+        if settings is not None and settings.rope_scaling == "yarn":
+            stretch(config, model.name, settings.rope_factor, settings.max_length)
+        check_fits(config, model.name, longest)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            base, config=config, revision=revision or "main", output_loading_info=True, **more
+        )
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{model.name}: its checkpoint has no {sorted(info['missing_keys'])[0]} (in all "
+                f"{len(info['missing_keys'])} weights are missing), which would be random; give a whole causal "
+                "language model"
             )
-            if info["missing_keys"]:
-                raise ModelError(
-                    f"{model.name}: its checkpoint has no {sorted(info['missing_keys'])[0]} (in all "
-                    f"{len(info['missing_keys'])} weights are missing), which would be random; give a whole causal "
-                    "language model"
-                )
+        if adapters is not None:
+            from peft import PeftModel
+
+            merged = PeftModel.from_pretrained(loaded, model.path).merge_and_unload()
+            loaded = merged.to(dtype).requires_grad_(True)
     except (OSError, ValueError, RuntimeError) as problem:
         raise ModelError(
             f"{model.name}: no causal language model can be loaded from {model.path}: {_first_line(problem)}; give a "
             "folder made by save_pretrained, or the id of a model on the Hub"
         ) from problem
     return loaded
+
+
+def nf4(speed: Speed, adapters: str = "") -> dict[str, Any]:
+    """What loads weights in 4 bits (QLoRA, arXiv:2305.14314: NormalFloat, its constants quantized once more).
+
+    Args:
+        adapters: the policy's name, where that is a LoRA adapter.
+
+    Raises:
+        RecipeError: there is no CUDA device or no bitsandbytes, or the base would have to be merged first.
+    """
+    if adapters:
+        raise RecipeError(
+            f"quantization: nf4, but {adapters} is a LoRA adapter, which can't be merged into weights of 4 bits; merge "
+            f"it first (align export {adapters} out=FOLDER) and give that folder"
+        )
+    if speed.device != "cuda":
+        raise RecipeError(
+            f"quantization: nf4 needs a CUDA device, and this step runs on {speed.device}; use lora_rank without it"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError("quantization: nf4 needs the package bitsandbytes; install it: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    kind = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if speed.precision == "bf16" else torch.float32,
+    )
+    return {"quantization_config": kind, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _first_line(problem: Exception) -> str:
@@ -94,39 +144,11 @@ def source_dtype(model: ModelRef) -> torch.dtype:
     """The precision in which a model's weights lie on disk, and in which what is made from it is written."""
     from transformers import AutoConfig
 
-    path = Path(model.path)
-    if (path / "adapter_config.json").exists():
-        from peft import PeftConfig
-
-        adapter = PeftConfig.from_pretrained(model.path)
-        return source_dtype(ModelRef(adapter.base_model_name_or_path, model.kind, "", "", adapter.revision))
+    adapters = adapter_of(model)
+    if adapters is not None:
+        return source_dtype(ModelRef(adapters.base_model_name_or_path, model.kind, "", "", adapters.revision))
     dtype = AutoConfig.from_pretrained(model.path, revision=model.revision or "main").dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-def lora_of(settings: TrainSettings, base: ModelRef) -> Any:
-    """The adapters' configuration, or None where all weights are trained.
-
-    Raises:
-        ModelError: they would be saved alone, and what they are trained on top of is nowhere on disk.
-    """
-    if not settings.lora_rank:
-        return None
-    from peft import LoraConfig
-
-    if not settings.save_merged and (Path(base.path) / "adapter_config.json").exists():
-        raise ModelError(
-            f"{base.name}: is a LoRA adapter itself, and new adapters can't be saved on top of it; use save_merged=true"
-        )
-    targets = settings.lora_targets
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        revision=base.revision,
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=[targets] if isinstance(targets, str) and targets != "all-linear" else targets,
-    )
 
 
 def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:
@@ -150,31 +172,43 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def save_policy(trainer: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, merged: bool) -> None:
-    """Writes the trained model with its tokenizer: full weights, or the adapters where `merged` is false.
+def save_policy(trainer: Any, tokenizer: Any, folder: Path, settings: TrainSettings, policy: ModelRef) -> None:
+    """Writes the trained model with its tokenizer: full weights, or the adapters where `save_merged` is false.
 
-    Every process calls it; the main one writes. Weights are rounded to `dtype`.
+    Every process calls it; the main one writes. Weights are rounded to the precision that the policy has on disk.
+    Adapters over 4 bits are merged into the weights as they were before they were quantized.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.config.use_cache = True  # the trainer turned it off
-        for config in (model.config, model.config.get_text_config()):
-            if hasattr(config, "output_router_logits"):
-                config.output_router_logits = False  # the trainer turned it on, for the balancing loss of experts
         stop_at_end_of_turn(model, tokenizer)
         check_finite(state or dict(model.named_parameters()))
-        if is_peft_model(model) and merged:
-            model, state = model.float().merge_and_unload(), None
         if not is_peft_model(model):
-            model = model.to(dtype)
-            state = state and {name: tensor.to(dtype) for name, tensor in state.items()}
-        if is_peft_model(model):
-            adapters = model.peft_config["default"]
-            base = adapters.base_model_name_or_path
-            if base and Path(base).is_dir():  # so that it is found from any folder
-                adapters.base_model_name_or_path = str(Path(base).resolve())
-        model.save_pretrained(folder, state_dict=state)
+            _write(model, folder, source_dtype(policy), state)
+        elif not settings.save_merged:
+            save_adapters(model, folder, policy)
+        elif settings.quantization == "nf4":
+            apart = folder.with_name("adapters")
+            save_adapters(model, apart, policy)
+            _write(merged_on_cpu(apart, policy, model.generation_config), folder, source_dtype(policy))
+            shutil.rmtree(apart)
+        else:
+            _write(model.float().merge_and_unload(), folder, source_dtype(policy))
         tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def merged_on_cpu(adapters: Path, policy: ModelRef, generation: Any) -> Any:
+    """The policy's full weights in fp32 with adapters merged into them, and with the generation settings given."""
+    from peft import PeftModel
+
+    base = load_policy(policy, Speed(device="cpu", precision="fp32"))
+    base.generation_config = generation
+    return PeftModel.from_pretrained(base, adapters).merge_and_unload()
+
+
+def _write(model: Any, folder: Path, dtype: torch.dtype, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    model = model.to(dtype)
+    model.save_pretrained(folder, state_dict=state and {name: tensor.to(dtype) for name, tensor in state.items()})

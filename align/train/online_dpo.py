@@ -31,7 +31,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     """Trains a policy on its own completions and writes it to `tools.out / "model"`."""
     from datasets import Dataset
 
-    from align.train import models
+    from align.train import adapters, models
     from align.train.episodes import Prompts
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
@@ -42,6 +42,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     policy, table = inputs["policy"], inputs["prompts"]
     reference = inputs.get("reference", policy)
     assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
+    adapters.check_stackable(policy, config)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(policy)
     arguments = dpo_arguments(config, speed, tools)  # first, since it says which GPU is this process's
@@ -50,7 +51,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     lora = config.lora_rank > 0
     # With adapters the reference is the policy without them; else it is a second model.
     same = reference.fingerprint == policy.fingerprint
-    frozen = None if lora and same else models.load_policy(reference, speed, frozen=lora)
+    frozen = None if lora and same else models.load_policy(reference, speed, config)
 
     set_batches(arguments, config.global_batch_size, config.global_batch_size, speed)
     most_steps = config.episodes * (math.ceil(prompts.size * config.epochs / config.global_batch_size) + 1)
@@ -59,7 +60,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     # The trainer needs a dataset to count its steps by; the pairs come from the episodes.
     nothing = Dataset.from_dict({"prompt_ids": [[0]] * (most_steps * config.global_batch_size)})
 
-    model = models.load_policy(policy, speed, frozen=lora)
+    model = models.load_policy(policy, speed, config)
     models.stop_at_end_of_turn(model, tokenizer)
     with Verifiers(say=tools.progress.say) as verifiers:
         online = OnlineDPO(
@@ -72,7 +73,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             args=arguments,
             processing_class=tokenizer,
             train_dataset=nothing,
-            peft_config=models.lora_of(config, policy),
+            peft_config=adapters.lora_of(config, policy),
         )
         online.starts_at_reference = same
         online.train()
@@ -82,8 +83,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             f"no episode gave a pair (the first: {outcomes}); sample more completions of each prompt, take other "
             "prompts, or another scorer"
         )
-    models.save_policy(online, tokenizer, tools.out / "model", models.source_dtype(policy), merged=config.save_merged)
-    about = {"base": policy.name, "reference": reference.name, "loss_over": LOSS_OVER}
+    models.save_policy(online, tokenizer, tools.out / "model", config, policy)
+    about = adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
     return Result(summary=summary(online) | about)
 
 

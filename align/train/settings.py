@@ -37,16 +37,47 @@ class TrainSettings(StageConfig):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in front of the adapters")
     lora_targets: str | list[str] = Field("all-linear", description="module names that get adapters, or 'all-linear'")
     save_merged: bool = Field(True, description="write full weights; false writes the LoRA adapters alone")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the frozen base in 4 bits under LoRA adapters (QLoRA); needs CUDA and bitsandbytes"
+    )
+    router_loss_weight: float | None = Field(
+        None, ge=0, description="of a mixture-of-experts' load-balancing loss; the model's own where not given, 0: off"
+    )
+    rope_scaling: Literal["none", "yarn"] = Field(
+        "none", description="yarn: stretch rotary positions beyond the length that the model was trained on"
+    )
+    rope_factor: float | None = Field(
+        None, gt=1, description="by how much yarn stretches; max_length over the trained length where not given"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Self:
+        if not self.lora_rank and not self.save_merged:
+            raise ValueError("save_merged: false writes LoRA adapters, and there are none; set lora_rank, or leave it")
+        if not self.lora_rank and self.lora_dropout:
+            raise ValueError("lora_dropout has no effect without LoRA adapters; set lora_rank, or leave it")
+        if not self.lora_rank and self.quantization != "none":
+            raise ValueError(
+                f"quantization: {self.quantization} freezes the weights in 4 bits, so without LoRA adapters nothing "
+                "would be trained; set lora_rank, such as 16"
+            )
+        if self.rope_factor is not None and self.rope_scaling == "none":
+            raise ValueError("rope_factor has no effect without rope_scaling; set rope_scaling to yarn, or leave it")
+        if self.rope_scaling != "none" and not self.save_merged:
+            raise ValueError(
+                "save_merged: false keeps adapters alone, and the stretched positions stand in the model's config; "
+                "set save_merged to true"
+            )
+        return self
 
 
 Loss = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "sigmoid_norm",
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
 ]  # fmt: skip
-"""TRL's names. Its aot and aot_unpaired are not among them: they sort the pairs of a micro batch, so that the result
-would depend on how a global batch is split. In place of its sft there is `nll_weight`, for the same reason."""
+"""TRL's names; each is a function of align/train/losses.py."""
 
-_SMOOTHED = {"robust", "exo_pair"}
+_SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
 
 
 class DPOSettings(TrainSettings):
@@ -60,19 +91,30 @@ class DPOSettings(TrainSettings):
         ge=0,
         description="weight of the chosen's negative log-likelihood per token (RPO): holds its probability up",
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of pairs believed to be the wrong way round; for robust and exo_pair"
+    length_normalised: bool = Field(
+        False, description="log-probabilities are means over a completion's tokens, in every loss; wants a larger beta"
     )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs believed to be the wrong way round (cDPO, robust, exo_pair, aot)"
+    )
+    discopop_tau: float = Field(0.05, gt=0, description="how sharply discopop goes from one of its parts to the other")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} numbers for {len(self.losses)} losses")
+        if self.loss_weights is not None and min(self.loss_weights) <= 0:
+            raise ValueError(f"loss_weights has {min(self.loss_weights):g}; weights are above 0: leave that loss out")
+        if len(set(self.losses)) < len(self.losses):
+            raise ValueError("losses names a loss twice; name it once and give it a weight in loss_weights")
         if self.lora_dropout:
             raise ValueError("lora_dropout has no effect here: DPO is computed without dropout; set it to 0")
-        deaf = sorted(set(self.losses) - _SMOOTHED)
-        if self.label_smoothing and deaf:
-            raise ValueError(f"label_smoothing has no effect on the loss {', '.join(deaf)}; use robust, or set it to 0")
+        deaf = sorted(set(self.losses) - _SMOOTHED - {"sft"})
+        if self.label_smoothing and (deaf or self.losses == ["sft"]):
+            raise ValueError(
+                f"label_smoothing has no effect on the loss {', '.join(deaf) or 'sft'}; use sigmoid, sigmoid_norm, "
+                "robust, exo_pair or aot, or set it to 0"
+            )
         if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("the loss exo_pair needs label_smoothing above 0; its paper takes 0.001")
         return self

@@ -57,9 +57,10 @@ def run(
     speed: dict[str, Any] | None = None,
     seed: int = 3,
     kill_at: int | None = None,
+    progress: Silent | None = None,
 ) -> tuple[dict[str, Any], Silent]:
     """Gives the summary, and what was said."""
-    progress = Silent(kill_at)
+    progress = progress or Silent(kill_at)
     speed = {"device": "cpu"} | (speed or {})
     tools = Tools(seed=seed, engines={}, progress=progress, work=folder / "work", out=folder, speed=speed)
     tools.work.mkdir(parents=True, exist_ok=True)

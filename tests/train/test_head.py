@@ -70,9 +70,3 @@ def test_a_call_without_the_fused_head_reaches_the_model_s_own_forward() -> None
     after = model(**inputs)
     assert torch.equal(before.logits, after.logits)
     assert torch.equal(before.loss, after.loss)
-
-
-def test_a_mixture_of_experts_is_left_to_trl() -> None:
-    model = make_model("qwen2_moe")
-    add_fused_lm_head(model)
-    assert not head.score_labelled_only(model)
