@@ -52,6 +52,7 @@ class Group:
         completions: messages of each.
         values: of each; higher is better.
         counts: how often each was sampled.
+        tools: that the prompt may call, where it has any.
     """
 
     prompt: Messages
@@ -61,6 +62,7 @@ class Group:
     completions: list[list[Message]] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    tools: Any = None
 
 
 def read_groups(
@@ -99,7 +101,9 @@ def read_groups(
                     continue
                 family = str(row.get("family") or "all")
                 sides = [list(row["chosen"]), list(row["rejected"])]
-                yield Group(row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1])
+                yield Group(
+                    row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1], first.get("tools")
+                )
         elif group := _group(rows, held_out, fill, counts):
             yield group
 
@@ -108,7 +112,7 @@ def _group(rows: list[Row], held_out: bool, fill: Mapping[str, float], counts: C
     # of a ranking only the best passes, and the others are not wrong for that: its rewards say more
     absolute = "rank" not in rows[0] and all(row["verdict"] is not None for row in rows)
     family = str(rows[0].get("family") or rows[0].get("task") or "all")
-    group = Group(rows[0]["prompt"], family, held_out, absolute)
+    group = Group(rows[0]["prompt"], family, held_out, absolute, tools=rows[0].get("tools"))
     places: dict[str, int] = {}
     for row in rows:
         value = {"passed": 1.0, "failed": 0.0}.get(row["verdict"]) if absolute else row["reward"]
@@ -179,7 +183,8 @@ def groups_on_disk(
                 continue
             waiting.append((group, places))
             for place in places:
-                yield {"prompt": group.prompt, "completion": group.completions[place]}
+                tools = {} if group.tools is None else {"tools": group.tools}
+                yield {"prompt": group.prompt, "completion": group.completions[place], **tools}
 
     encoded = encode_demonstrations(tokenizer, rows())
     written: Counter[str] = Counter()
