@@ -80,8 +80,8 @@ def read_groups(
         answers: whether the column `answer` (text or messages) is a right completion for a prompt that has none.
         counts: gets what was left out, and why.
         wrong_answers: whether the column `wrong_answer` is a wrong completion for a prompt that has none.
-        use_margins: whether a preference's chosen completion is worth its `margin`; else it is worth 1. The rejected
-            one is worth 0.
+        use_margins: whether a preference's chosen completion is worth its `margin`; else, and where none is known, it
+            is worth 1. The rejected one is worth 0.
     """
     fill = {"answer": 1.0} if answers else {}
     fill |= {"wrong_answer": 0.0} if wrong_answers else {}
@@ -95,8 +95,8 @@ def read_groups(
         held_out = first["split"] == "dev" if has_dev else _fraction(first["prompt_id"]) < held_out_share
         if comparisons:
             for row in rows:
-                margin = row["margin"] if use_margins else 1.0
-                if margin is None or not 0 < margin < math.inf:
+                margin = row["margin"] if use_margins and row["margin"] is not None else 1.0
+                if not 0 < margin < math.inf:
                     counts["preferences without a margin above 0"] += 1
                     continue
                 family = str(row.get("family") or "all")

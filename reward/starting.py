@@ -83,9 +83,9 @@ def _example(tokenizer: Any, row: Mapping[str, Any]) -> Any:
 
 
 def _in_words(config: Config) -> str:
-    terms = ["Bradley-Terry over all better-worse pairs of a prompt"]
-    if config.margin or config.use_margins:
-        terms[0] += f", margin {config.margin:g}{' and what the pair is worth' if config.use_margins else ''}"
+    margins = [f"margin {config.margin:g}"] if config.margin else []
+    margins += ["the pair's own margin"] if config.use_margins else []
+    terms = [", ".join(["Bradley-Terry over all better-worse pairs of a prompt", *margins])]
     if config.centering and config.head == "scalar":
         terms.append(f"{config.centering:g} × centering")
     if config.nll:

@@ -155,7 +155,7 @@ def _check_columns(config: Config, completions: Table) -> None:
             continue
         if setting == "use_margins" and "chosen" not in completions.columns:  # then the rewards make the margins
             continue
-        raise DataError(f"reward: {setting}=true needs a column `{column}` in {completions.name}; it has none")
+        raise DataError(f"{setting}=true needs a column `{column}` in {completions.name}; it has none")
 
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:

@@ -175,8 +175,8 @@ def preferences(margins: list[float | None]) -> list[dict[str, Any]]:
 
 
 def test_a_preferences_margin_counts_where_it_is_asked_for(tmp_path: Path) -> None:
-    """At r = 0 on both sides a pair of margin 4 costs softplus(4) instead of log 2; without a margin it is left out."""
-    rows = preferences([4.0] * 39 + [None])
+    """At r = 0 on both sides a pair of margin 4 costs softplus(4) instead of log 2; one of margin 0 is left out."""
+    rows = preferences([4.0] * 39 + [0.0])
     settings = {"held_out_share": 0.3, "epochs": 0.1, "evaluations": 1, "learning_rate": 1e-9, "centering": 0.0}
     losses = []
     for name, used in (("plain", False), ("margins", True)):
