@@ -65,7 +65,11 @@ def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
     from align.core.chat import encode_demonstration
 
     ids, labels = encode_demonstration(tokenizer, rows[0]["prompt"], rows[0]["completion"])
-    speed = {"device": "cpu", "micro_batch_size": 4, "gradient_checkpointing": shape.get("gradient_checkpointing", False)}
+    speed = {
+        "device": "cpu",
+        "micro_batch_size": 4,
+        "gradient_checkpointing": shape.get("gradient_checkpointing", False),
+    }
     tools = Tools(seed=1, engines={}, progress=steps.Silent(), work=folder / "work", out=folder / "out", speed=speed)
     tools.work.mkdir(parents=True)
     settings = sft.Config(epochs=1.0, global_batch_size=8, lora_rank=shape.get("lora_rank", 0))
@@ -97,7 +101,9 @@ def main() -> None:
         print(f"{one['name']:<32} measured {one['measured'] / 2**20:6.0f} MiB, estimated "
               f"{one['estimated'] / 2**20:6.0f} MiB, ratio {one['ratio']:.2f}", flush=True)  # fmt: skip
         found.append(one)
-    RESULT.write_text(json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "found": found}, indent=2) + "\n")
+    RESULT.write_text(
+        json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "found": found}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

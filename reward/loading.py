@@ -60,8 +60,13 @@ def load_model(path: str, head: Head, dtype: str, revision: str | None = None, *
             )
         missing = sorted(info["missing_keys"])
         if is_adapter:
-            model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
             missing = [key for key in missing if not _adapter_has(Path(path), key)]
+            if lost := [key for key in missing if key.split(".")[0] in (adapter.modules_to_save or ())]:
+                raise ModelError(
+                    f"{path}: its adapters were saved without {lost[0]}, which was trained with them and would be "
+                    "random now; save them again with it (modules_to_save)"
+                )
+            model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise ModelError(

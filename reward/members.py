@@ -212,6 +212,9 @@ def load_ensemble(card: EnsembleCard, name: str, device: str, dtype: str | None 
 
     models = []
     for member in card.members:
+        file = find_file(member.path, FILE, member.revision)
+        if file is not None and EnsembleCard.read(file) is not None:
+            raise ModelError(f"{member.name}: is an ensemble itself; name its members instead")
         ref = ModelRef(member.path, Kind.REWARD_MODEL, member.name, "", member.revision)
         models.append(load_reward_model(ref, device, dtype, member.output))
     return Ensemble(models, card, name)

@@ -107,10 +107,12 @@ def test_a_models_card_says_what_made_it_from_what_and_how(tmp_path: Path) -> No
     file, out = write(tmp_path), tmp_path / "run"
     finish(file, out)
     _, header, page = (out / "train" / "model" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["align", "model", "train"]}
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["align", "model", "train"],
+    }  # fmt: skip
     for line in (
         "# t: train",
-        "Policy, made by the stage `train 1`",
+        "made by the stage `train`",
         "- completions: sample",
         "| steps | 8 |",
         "learning_rate: 0.001",

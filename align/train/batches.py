@@ -23,8 +23,8 @@ class Steps:
     """All steps of a training in order; item `step * processes + process` is that process's share of the step.
 
     An item holds `parts`, the micro batches (see `align.core.segments.collate`), each with the `weights` of its
-    predictions, and of the whole global batch the sum of the weights (`weight`), and how many tokens it has (`tokens`)
-    and are supervised (`supervised`).
+    predictions; and of the whole global batch the sum of the weights (`weight`), how many tokens it has (`tokens`), how
+    many of them are fed, which are all but each row's last (`positions`), and how many are supervised (`supervised`).
 
     Args:
         rows: a `datasets.Dataset` with `input_ids`; `turns`, the first token and the one after the last of each
@@ -70,6 +70,7 @@ class Steps:
             "parts": [self.part(numbers[shares[process][places]]) for places in mine],
             "weight": float(self.weight[numbers].sum()),
             "tokens": int(lengths.sum()),
+            "positions": int((lengths - 1).sum()),
             "supervised": int(self.supervised[numbers].sum()),
         }
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from align.core.errors import RecipeError, RunError
 from align.core.router import RouterLoss
-from align.core.segments import can_be_flat, model_inputs
+from align.core.segments import IGNORED, can_be_flat, model_inputs
 from align.core.stage import Tools
 from align.core.trackers import Trackers, open_trackers
 from align.train.batches import AT_ONCE
@@ -99,6 +100,7 @@ class OurTrainer:
     The methods that override one of the libraries' are listed, and held to it, in tests/train/test_contract.py.
     """
 
+    accelerator: Any
     args: Any
     state: Any
     model: Any
@@ -151,6 +153,29 @@ class OurTrainer:
     def step(self) -> int:
         """Optimizer steps that are behind."""
         return int(self.state.global_step)
+
+    def experts_load(self, model: Any, parts: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+        """The share of a step's tokens that each expert gets, (E,); None where no loss asks for it.
+
+        The load-balancing loss is a product of two means over tokens, of which this one has no gradient. So where a
+        step is split, it is taken over the whole step by a pass without gradient, and the rest is a sum over micro
+        batches: the gradient does not depend on the split.
+
+        Args:
+            model: as it is trained.
+            parts: the micro batches of this process.
+        """
+        if not self.router.weight or (len(parts) == 1 and self.accelerator.num_processes == 1):
+            return None
+        counts: Any = 0
+        for part in parts:
+            nothing = {"shift_labels": torch.full_like(part["shift_labels"], IGNORED)}  # no head is needed
+            with torch.no_grad(), self.accelerator.autocast(), self.router.watching():
+                model(**(model_inputs(part) | nothing), fused_lm_head=True)
+            counts = counts + self.router.counts(token_mask(part))
+        counts = self.accelerator.reduce(counts, "sum")
+        load: torch.Tensor = counts[:-1] / counts[-1]
+        return load
 
     def place(self) -> dict[str, float]:
         """Where the training is, for the curves."""
@@ -215,7 +240,8 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
     def __init__(self, settings: TrainSettings, tools: Tools, rows: int, **trl: Any) -> None:
         super().__init__(settings, tools, rows, **trl)
         self.data_collator = lambda items: items[0]  # an item is a process's share of a step
-        self.step_weight = 1.0
+        self.step_weight = self.positions = 1.0
+        self.load: torch.Tensor | None = None
         self.layout = ""
 
     def split(self, rows: int, speed: Speed) -> dict[str, Any]:
@@ -247,7 +273,9 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The micro batches of this process one after the other; gradients are exchanged with the last one's."""
         self.figures = {"tokens": inputs["tokens"], "supervised_tokens": inputs["supervised"]}
-        self.step_weight, parts = inputs["weight"], inputs["parts"]
+        self.step_weight, self.positions, parts = inputs["weight"], inputs["positions"], inputs["parts"]
+        model.train()
+        self.load = self.experts_load(model, [self._prepare_inputs(part) for part in parts])
         loss = torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -261,11 +289,20 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
         with self.router.watching():
             out = model(**model_inputs(inputs), fused_lm_head=True)
         loss: torch.Tensor = -(inputs["weights"] * out.log_probs).sum() / self.step_weight
-        return loss * self.accelerator.num_processes
+        if self.router.weight:
+            mask = token_mask(inputs)
+            share = float(inputs["input_ids"].numel() if mask is None else mask.sum()) / self.positions
+            loss = loss + self.router.term(share, mask, self.load)
+        return loss * int(self.accelerator.num_processes)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted here."""
         return 0
+
+
+def token_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which places of padded rows hold tokens, (B, T); None for a flat batch, where all do."""
+    return None if "segments" in batch else batch["attention_mask"].bool()
 
 
 class Curves(TrainerCallback):  # type: ignore[misc]
