@@ -106,8 +106,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         without_dropout(self.model)
         self.precision = "bf16" if self.args.bf16 else "fp32"
         self.flat = can_be_flat(self.model, self.precision)
-        pad_id = self.processing_class.pad_token_id
-        self.data_collator = lambda pairs: collate_pairs(pairs, self.flat, pad_id)
+        self.data_collator = self.batch
         sorting = sorted(set(settings.losses) & set(SORTING))
         if sorting and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
             raise RecipeError(
@@ -115,6 +114,10 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
                 f"piece; set micro_batch_size={settings.global_batch_size} (or a smaller global_batch_size) and "
                 "processes=1"
             )
+
+    def batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """See `collate_pairs`; in the layout that the models take."""
+        return collate_pairs(pairs, self.flat, self.processing_class.pad_token_id)
 
     # --- log-probabilities ------------------------------------------------------------------------------------------
 
@@ -163,7 +166,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         for batch in batches[self.args.process_index :: self.args.world_size]:
             rows = [{name: ids for name, ids in pairs[int(i)].items() if name in _IDS} for i in batch]
             with no_grad(), self.accelerator.autocast():
-                logps = self.score(model, self._prepare_inputs(self.data_collator(rows)))
+                logps = self.score(model, self._prepare_inputs(self.batch(rows)))
             mine.append((batch.tolist(), logps.cpu().numpy()))
         model.train(training)
         found = np.empty((len(lengths), 2), np.float32)
