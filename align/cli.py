@@ -159,6 +159,28 @@ def check(recipe: RecipeFile, arguments: Arguments = None, out: Annotated[Path |
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|STAGE", help="a recipe, or a stage that trains")],
+    arguments: Arguments = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; runs/NAME where not given")] = None,
+) -> None:
+    """Rehearse each training of a recipe (or a stage alone) up to its first step: data, batches, memory, time."""
+    with _told():
+        from align.doctor import examine
+        from align.pipeline import plan
+        from align.recipe import load_recipe, load_stage
+        from align.shipped import recipe_file
+
+        if recipe in TABLE or ":" in recipe:
+            given = arguments or []
+            somewhere = [] if any(each.startswith("out=") for each in given) else [f"out={out or f'runs/{recipe}'}"]
+            checked = load_stage(recipe, [*given, *somewhere])
+        else:
+            checked = load_recipe(recipe_file(recipe), arguments or [], out)
+        examine(checked, plan(checked))
+
+
+@app.command()
 def status(folder: RunFolder) -> None:
     """Tell how far a run is."""
     with _told():

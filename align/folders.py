@@ -17,8 +17,11 @@ _SPACE_WANTED = 64 * 2**20
 def prepare(folder: Path, fingerprint: str) -> Path:
     """Empties a step's folder but for what an earlier attempt can go on from, and gives its work folder."""
     (folder / "manifest.json").unlink(missing_ok=True)  # first: from here on the step is unfinished
+    kept = [_MARK, FILE, "work"]
+    if (folder / "work" / fingerprint).is_dir():
+        kept.append("metrics.jsonl")  # the curves up to the checkpoint that the training goes on from
     for path in folder.iterdir():
-        if path.name not in (_MARK, FILE, "work"):
+        if path.name not in kept:
             _remove(path)
     work = folder / "work"
     work.mkdir(exist_ok=True)

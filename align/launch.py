@@ -26,7 +26,9 @@ from align.progress import Lines, Silent
 from align.stages import load
 
 
-def launch(step: Step, inputs: Mapping[str, Table | ModelRef], seed: int, work: Path, out: Path) -> Result:
+def launch(
+    step: Step, inputs: Mapping[str, Table | ModelRef], seed: int, work: Path, out: Path, rehearse: bool = False
+) -> Result:
     """Runs a stage in `step.processes` processes.
 
     Raises:
@@ -46,6 +48,7 @@ def launch(step: Step, inputs: Mapping[str, Table | ModelRef], seed: int, work: 
         "work": str(work),
         "out": str(out),
         "speed": dict(step.speed),
+        "rehearse": rehearse,
     }
     spec_file.write_text(json.dumps(spec), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={step.processes}"]
@@ -92,7 +95,8 @@ def main(spec_file: Path) -> None:
     rank = int(os.environ["RANK"])
     stage = load(spec["verb"])
     progress = Lines(spec["name"]) if rank == 0 else Silent()
-    tools = Tools(spec["seed"], {}, progress, Path(spec["work"]), Path(spec["out"]), spec["speed"], cache_folder())
+    folders = (Path(spec["work"]), Path(spec["out"]))
+    tools = Tools(spec["seed"], {}, progress, *folders, spec["speed"], cache_folder(), spec["rehearse"])
     try:
         inputs = {name: _opened(written) for name, written in spec["inputs"].items()}
         result = stage.run(stage.config.model_validate_json(json.dumps(spec["config"])), inputs, tools)

@@ -15,13 +15,14 @@ from align.core.source_spec import parse_sources
 from align.core.sources import read_rows, source_fingerprint
 from align.core.stage import Need
 from align.core.store import ModelRef
+from align.core.trackers import missing
 from align.plan import Source, Step
 from align.settings import wants_model
 from align.yamlfile import Problems
 
 
 def check_outside(step: Step, problems: Problems) -> None:
-    """Notes models of the wrong kind, data that can't be read as what is needed, and files that aren't there."""
+    """Notes models of the wrong kind, data that can't be read as what is needed, files and packages that are missing."""
     for name, sources in step.inputs.items():
         need = step.stage.needs[name]
         for source in sources:
@@ -32,6 +33,9 @@ def check_outside(step: Step, problems: Problems) -> None:
     for engine in step.engines.values():
         if backend(engine.kind).local:
             _check_model(engine.model, Kind.MODEL, problems)
+    for name in step.speed.get("report_to", ()):
+        if problem := missing(name):
+            problems.add(("steps", step.name, "speed", "report_to"), f"{name}: {problem}")
     for key in step.stage.reads:
         for text in _texts(getattr(step.config, key, None)):
             if key not in step.stage.made_later and _names_missing_file(text):

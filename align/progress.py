@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple, TextIO
 from align.core.cost import duration as duration
 
 PLAIN_EVERY_S = 5.0
+"""Seconds between plain lines at first; later a twentieth of the time that is behind, up to `PLAIN_SELDOM_S`."""
+
+PLAIN_SELDOM_S = 60.0
 LIVE_EVERY_S = 0.1
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -57,22 +61,26 @@ class Silent:
 class Lines:
     """One step's progress as text: `reject: 120 of 300 prompts (40%), 12.3/s, 840 tokens/s, passed 80, 15 s left`.
 
+    A training passes its `tokens` to `advance`, which become tokens a second as those of an engine do.
+
     Rate and time left rest on what was really done now. What a killed attempt had done, and completions that come from
     the cache, cost next to nothing and tell nothing of how long the others take. Some stages count in bursts, as they
     verify in blocks: the rate is that up to the last count before this one, which ends a burst.
 
-    On a terminal the line is written over; elsewhere a new one comes every `every_s` seconds. It is only written from
-    within calls, so there is no thread that a forked process could trip over.
+    On a terminal the line is written over; elsewhere a new one comes every `every_s` seconds, and more seldom in a long
+    run. It is only written from within calls, so there is no thread that a forked process could trip over. Colours are
+    left out where the stream is no terminal, or NO_COLOR is set.
     """
 
     def __init__(self, step: str, stream: TextIO | None = None, every_s: float | None = None) -> None:
         self._step = step
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
+        self._coloured = self._live and not os.environ.get("NO_COLOR")
         self._every_s = every_s if every_s is not None else (LIVE_EVERY_S if self._live else PLAIN_EVERY_S)
         self._total: int | None = None
         self._unit = ""
-        self._count = self._before = self._last = 0
+        self._count = self._before = self._last = self._tokens = 0
         self._figures: dict[str, Any] = {}
         self._began = self._written = self._last_at = time.monotonic()
         self._asked: Callable[[], Asked] = Asked
@@ -90,7 +98,7 @@ class Lines:
         self._clear()
         self._total, self._unit, self._count, self._before, self._figures = total, unit, 0, 0, {}
         self._began = self._written = self._last_at = time.monotonic()
-        self._last = 0
+        self._last = self._tokens = 0
         self._asked_before = self._asked_began = self._asked()
         self._all_reused = True
         self._write(self._text())
@@ -100,11 +108,13 @@ class Lines:
         if self._count == 0 and by > 1 and time.monotonic() - self._began < 1:
             self._before = by  # a killed training that goes on: these steps were not done now
         self._count += by
+        self._tokens += int(figures.pop("tokens", 0))
         self._figures |= figures
         now = time.monotonic()
         if self._all_reused:
             self._pass_over_reused(now)
-        if now - self._written >= self._every_s:
+        seldom = 0.0 if self._live else min(PLAIN_SELDOM_S, (now - self._began) / 20)
+        if now - self._written >= max(self._every_s, seldom):
             self._written = now
             self._write(self._text())
         self._last, self._last_at = self._count, now
@@ -120,7 +130,7 @@ class Lines:
     def say(self, line: str) -> None:
         """See `align.core.stage.Progress`."""
         self._clear()
-        shown = line if self._live else _COLOURS.sub("", line)
+        shown = line if self._coloured else _COLOURS.sub("", line)
         print(f"  {self._step}: {shown}", file=self._stream, flush=True)
 
     def close(self) -> None:
@@ -138,8 +148,8 @@ class Lines:
         done, in_s = (self._last - self._before) * _share_done(new), self._last_at - self._began
         if in_s > 1 and done > 0:
             parts.append(f"{done / in_s:.1f}/s" if done >= in_s else f"{in_s / done:.1f} s each")
-        if seconds > 1 and new.tokens:
-            parts.append(f"{new.tokens / seconds:.0f} tokens/s")
+        if seconds > 1 and (tokens := new.tokens + self._tokens):
+            parts.append(f"{tokens / seconds:.0f} tokens/s")
         parts += [f"{name.replace('_', ' ')} {_figure(value)}" for name, value in self._figures.items()]
         since = asked.since(self._asked_before)
         parts += [f"{since.reused} from the cache"] if since.reused else []

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from align.core.stage import Need, Stage, StageConfig
+from align.core.trackers import TrackerName
 from align.stages import nearest
 from align.yamlfile import Key, Problems
 
@@ -33,6 +34,17 @@ class TrainSpeed(Speed):
     save_every: int = Field(
         500, ge=1, description="optimizer steps between checkpoints, from which a killed step goes on"
     )
+    report_to: list[str] = Field(
+        [], description=f"trackers that get the curves too: {', '.join(get_args(TrackerName))}"
+    )
+
+    @field_validator("report_to")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in get_args(TrackerName):
+                raise ValueError(f"there is no tracker '{name}'; {nearest(name, list(get_args(TrackerName)))}")
+        return names
 
 
 def speed_of(stage: Stage) -> type[Speed]:

@@ -176,3 +176,38 @@ def test_where_known_and_new_completions_are_mixed_the_new_ones_tell_how_long_it
     assert stream.getvalue().splitlines()[-1] == (
         "  reject: 20 of 80 prompts (25%), 8.0 s each, 60 from the cache, 8 min 00 s left"
     )
+
+
+def test_a_training_tells_loss_learning_rate_tokens_a_second_and_time_left(clock: Clock) -> None:
+    """20 of 100 steps in 10 s are 2/s, so 80 more take 40 s; 20 · 150 tokens in 10 s are 300/s."""
+    stream = io.StringIO()
+    progress = Lines("sft", stream)
+    progress.start(100, "steps")
+    for _ in range(20):
+        clock.now += 0.5
+        progress.advance(loss=0.31, learning_rate=6.5e-6, tokens=150)
+    last = stream.getvalue().splitlines()[-1]
+    assert last == "  sft: 20 of 100 steps (20%), 2.0/s, 300 tokens/s, loss 0.31, learning rate 6.5e-06, 40 s left"
+
+
+def test_a_long_run_writes_fewer_plain_lines(clock: Clock) -> None:
+    """A line each 5 s in the first 100 s, then a twentieth of what is behind, at last one a minute: under 100 in 1 h."""
+    stream = io.StringIO()
+    progress = Lines("sft", stream)
+    progress.start(3600, "steps")
+    for _ in range(3600):
+        clock.now += 1
+        progress.advance()
+    assert 60 < len(stream.getvalue().splitlines()) < 125
+
+
+def test_colours_are_for_terminals_of_people_who_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(stream: io.StringIO) -> str:
+        Lines("sft", stream).say("\x1b[32m⟦learned⟧\x1b[0m")
+        return stream.getvalue()
+
+    assert said(io.StringIO()) == "  sft: ⟦learned⟧\n"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[32m⟦learned⟧" in said(Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in said(Terminal())

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, cast
 
 from align.core.engines.base import Prompt
 from align.core.errors import DataError, ModelError
 from align.core.records import Messages, Row
+from align.core.turns import Conversation, pieces, plain_end, special_tokens
 
 IGNORED = -100
 """The label of a token that the loss does not count."""
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One sequence as a trainer feeds it.
+
+    Attributes:
+        ids: its tokens.
+        turns: of each supervised message the first token, the one after its end token, and its weight, in order.
+    """
+
+    ids: list[int]
+    turns: list[tuple[int, int, float]]
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids where they are supervised, `IGNORED` elsewhere."""
+        labels = [IGNORED] * len(self.ids)
+        for start, end, _ in self.turns:
+            labels[start:end] = self.ids[start:end]
+        return labels
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, tools: list[dict[str, Any]] | None = None) -> list[int]:
     """Token ids of a prompt as every engine and every trainer feeds it, ready for the first sampled token.
 
     Messages are rendered by the tokenizer's own chat template with the generation prompt added. The template alone
     decides on a BOS token, so there are never two. A string is tokenised as it is, no special tokens added; ids
     are returned as they are.
+
+    Args:
+        tools: what the model may call, as JSON schemas.
 
     Raises:
         DataError: the template refuses these messages (a role it doesn't know, turns that don't alternate).
@@ -34,11 +61,46 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
             f"{tokenizer.name_or_path or 'tokenizer'}: it has no chat template, and the prompt is a list of messages; "
             "give prompts as text, or add a template (chat_template.jinja) to the model's folder"
         )
+    messages = _for_templates("the prompt", cast("Messages", prompt))
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     except Exception as problem:  # templates raise jinja2's errors, and through filters any other
         raise DataError(f"the chat template of {tokenizer.name_or_path} refuses a prompt: {problem}") from problem
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_rows(tokenizer: Any, rows: Iterable[Row], all_turns: bool = False) -> Iterator[list[Tokens]]:
+    """Each row's prompt and completion as a trainer feeds them: one sequence, or several where the template needs it.
+
+    Supervised are, of every assistant message of the completion, the tokens that follow the generation prompt up to
+    and with the end-of-turn token; not the newline that some templates put after it. A sequence ends at its last
+    end-of-turn token. What comes before a supervised turn is what the model sees when it is sampled there,
+    `prompt_ids(tokenizer, messages before it)`: no token reaches over the border between the two.
+
+    Some templates show a turn otherwise once the conversation goes on (they leave out earlier thoughts, or move the
+    system prompt). Then no single sequence is what the model sees at every turn, and a sequence of its own is made for
+    each turn that is shown otherwise later.
+
+    A message's `weight` (0 or more, 1 where it has none) counts for all its tokens; one of weight 0 is not supervised.
+    A row's `tools` (a list of JSON schemas, or that as JSON text) are given to the template.
+
+    Args:
+        all_turns: supervise the assistant messages of the prompt as well.
+
+    Raises:
+        DataError: nothing is supervised in a row, a weight or a tool is no such thing, or the template can't be cut at
+            its turns; names the row.
+        ModelError: the template gives a turn no end token, shows no tools or tool calls, or the tokens begin with two
+            BOS.
+    """
+    for chunk in _chunks(rows):
+        conversations = []
+        for number, row in chunk:
+            name = _name(row, number)
+            messages = _for_templates(name, [*row["prompt"], *row["completion"]])
+            first = 0 if all_turns else len(row["prompt"])
+            conversations.append(Conversation(name, messages, first, _tools(name, row.get("tools")), weighted=True))
+        yield from _encode(tokenizer, conversations)
 
 
 def encode_demonstration(
@@ -51,27 +113,27 @@ def encode_demonstration(
 def encode_demonstrations(
     tokenizer: Any, rows: Iterable[Row], all_turns: bool = False
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids and labels of each row's prompt and completion, in order, as a trainer feeds them.
-
-    Supervised are, of every assistant message of the completion, the tokens that follow the generation prompt up to
-    and with the end-of-turn token; not the newline that some templates put after it. The sequence ends at the last
-    end-of-turn token. The ids begin with `prompt_ids(tokenizer, prompt)`, what the model sees when it is sampled: no
-    token reaches over the border between a prompt and a completion.
-
-    Args:
-        all_turns: supervise the assistant messages of the prompt as well.
+    """As `encode_rows`, where a row must be one sequence: its ids and labels. All supervised messages count alike.
 
     Raises:
-        DataError: nothing is supervised in a row, or the template can't be cut at its turns; names the row.
-        ModelError: the template gives a turn no end token, or the tokens begin with two BOS.
+        DataError: as there; or the template shows a supervised turn otherwise once the conversation goes on.
+        ModelError: as there.
     """
     for chunk in _chunks(rows):
         conversations = []
         for number, row in chunk:
-            messages = [*row["prompt"], *row["completion"]]
+            name = _name(row, number)
+            messages = _for_templates(name, [*row["prompt"], *row["completion"]])
             first = 0 if all_turns else len(row["prompt"])
-            conversations.append((_name(row, number), messages, first))
-        yield from _encode(tokenizer, conversations)
+            conversations.append(Conversation(name, messages, first, _tools(name, row.get("tools"))))
+        for conversation, sequences in zip(conversations, _encode(tokenizer, conversations), strict=True):
+            if len(sequences) > 1:
+                raise DataError(
+                    f"{conversation.name}: the chat template of {tokenizer.name_or_path} renders a conversation "
+                    "differently once it goes on, so it is no single sequence; give one row per assistant turn, or a "
+                    "simpler template"
+                )
+            yield sequences[0].ids, sequences[0].labels
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
@@ -92,106 +154,124 @@ def encode_pair(
 def encode_pairs(tokenizer: Any, rows: Iterable[Row]) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of each row's prompt, chosen and rejected completion; both end at the end-of-turn token.
 
+    A row's `tools` are given to the template as in `encode_rows`.
+
     Raises:
-        DataError: a completion is not one assistant message; names the row.
-        ModelError: as for `encode_demonstrations`.
+        DataError: a completion is not one assistant message, or has a weight; names the row.
+        ModelError: as for `encode_rows`.
     """
     for chunk in _chunks(rows):
         conversations = []
         for number, row in chunk:
+            name = _name(row, number)
             for side in ("chosen", "rejected"):
                 if [m["role"] for m in row[side]] != ["assistant"]:
                     roles = ", ".join(m["role"] for m in row[side]) or "nothing"
-                    raise DataError(f"{_name(row, number)}: {side} must be one assistant message, it has {roles}")
-                conversations.append((_name(row, number), [*row["prompt"], *row[side]], len(row["prompt"])))
+                    raise DataError(f"{name}: {side} must be one assistant message, it has {roles}")
+                if row[side][0].get("weight", 1) != 1:
+                    raise DataError(
+                        f"{name}: {side} has a weight ({row[side][0]['weight']}); messages have weights in "
+                        "demonstrations alone, so leave it out"
+                    )
+                messages = _for_templates(name, [*row["prompt"], *row[side]])
+                tools = _tools(name, row.get("tools"))
+                conversations.append(Conversation(name, messages, len(row["prompt"]), tools))
         encoded = _encode(tokenizer, conversations)
-        for ids, labels in encoded:
-            rejected_ids, _ = next(encoded)
-            start = next(i for i, label in enumerate(labels) if label != IGNORED)
-            yield ids[:start], ids[start:], rejected_ids[start:]
+        for (chosen,) in encoded:
+            (rejected,) = next(encoded)
+            start = chosen.turns[0][0]
+            yield chosen.ids[:start], chosen.ids[start:], rejected.ids[start:]
 
 
-def _encode(tokenizer: Any, conversations: list[tuple[str, Messages, int]]) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and labels of a chunk of (name, messages, first message that may be supervised)."""
-    special = _special_tokens(tokenizer)
-    # Of each conversation: the text up to the start and up to the end of each supervised turn, growing.
-    borders = [_borders(tokenizer, special, *conversation) for conversation in conversations]
-    flat = tokenizer([text for texts in borders for text in texts], add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    at = 0
-    for texts in borders:
-        ids: list[int] = []
-        labels: list[int] = []
-        for place in range(len(texts)):
-            longer = flat[at + place]
-            if longer[: len(ids)] == ids:
-                added = longer[len(ids) :]
-            else:  # a token would reach over the border: the parts are tokenised apart
-                before = texts[place - 1] if place else ""
-                added = tokenizer(texts[place][len(before) :], add_special_tokens=False)["input_ids"]
-            ids = ids + added
-            labels += added if place % 2 else [IGNORED] * len(added)
-        at += len(texts)
-        if bos is not None and ids[:2] == [bos, bos]:
-            raise ModelError(
-                f"{tokenizer.name_or_path}: its chat template gives two BOS tokens ({tokenizer.bos_token!r}); "
-                "mend the template"
-            )
-        yield ids, labels
-
-
-def _borders(tokenizer: Any, special: list[str], name: str, messages: Messages, first: int) -> list[str]:
-    """Of one conversation the texts up to each supervised turn's start and end, each the start of the next."""
+def _encode(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[list[Tokens]]:
+    """The sequences of each conversation."""
+    special = special_tokens(tokenizer)
+    end = plain_end(tokenizer, special)
+    cut = [pieces(tokenizer, special, end, conversation) for conversation in conversations]
+    # In one call of the tokenizer, of each sequence the whole text, and all pieces or (of one turn) the first.
     texts: list[str] = []
-    for place, message in enumerate(messages):
-        if place < first or message["role"] != "assistant":
-            continue
-        start = _render(tokenizer, name, messages[:place], generation_prompt=True)
-        upto = _render(tokenizer, name, messages[: place + 1], generation_prompt=False)
-        if not upto.startswith(start) or (texts and not start.startswith(texts[-1])):
-            raise DataError(
-                f"{name}: the chat template of {tokenizer.name_or_path} renders a conversation differently once it "
-                "goes on, so its turns can't be told apart; give one row per assistant turn, or a simpler template"
-            )
-        turn = upto[len(start) :]
-        texts += [start, start + turn[: _end_of_turn(tokenizer, special, turn, message["content"])]]
-    if not texts:
-        roles = ", ".join(m["role"] for m in messages[first:]) or "nothing"
-        raise DataError(f"{name}: no token to learn from: its completion has no assistant message, it has {roles}")
-    return texts
+    for sequences in cut:
+        for parts, _ in sequences:
+            texts += ["".join(parts), *(parts if len(parts) > 2 else parts[:1])]
+    flat = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    for sequences in cut:
+        found = []
+        for parts, weights in sequences:
+            whole = next(flat)
+            ids_of = [next(flat) for _ in (parts if len(parts) > 2 else parts[:1])]
+            if len(parts) == 2 and whole[: len(ids_of[0])] == ids_of[0]:
+                ids_of.append(whole[len(ids_of[0]) :])
+            elif list(chain.from_iterable(ids_of)) != whole:
+                ids_of = _apart(tokenizer, parts)
+            ids: list[int] = []
+            turns = []
+            for place, part in enumerate(ids_of):
+                if place % 2 and weights[place // 2]:
+                    turns.append((len(ids), len(ids) + len(part), weights[place // 2]))
+                ids += part
+            ids = ids[: turns[-1][1]]  # what follows is of weight 0 and teaches nothing
+            if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+                raise ModelError(
+                    f"{tokenizer.name_or_path}: its chat template gives two BOS tokens ({tokenizer.bos_token!r}); "
+                    "mend the template"
+                )
+            found.append(Tokens(ids, turns))
+        yield found
 
 
-def _end_of_turn(tokenizer: Any, special: list[str], turn: str, content: str | None) -> int:
-    """Where the end-of-turn token ends in a rendered turn: the first special token after the content."""
-    content = (content or "").strip()
-    found = turn.rfind(content) if content else 0
-    after = found + len(content) if found >= 0 else 0
-    ends = [(turn.find(token, after), -len(token)) for token in special if token in turn[after:]]
-    if not ends:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its chat template puts no special token after an assistant turn, so a model "
-            f"would never learn to stop; the turn reads {turn[-60:]!r}"
+def _apart(tokenizer: Any, parts: Sequence[str]) -> list[list[int]]:
+    """Each part's ids as they follow what is before it; tokenised alone where a token would reach over the border."""
+    found: list[list[int]] = []
+    ids: list[int] = []
+    text = ""
+    for part in parts:
+        text += part
+        longer = tokenizer(text, add_special_tokens=False)["input_ids"]
+        alone = longer[: len(ids)] != ids
+        found.append(tokenizer(part, add_special_tokens=False)["input_ids"] if alone else longer[len(ids) :])
+        ids = ids + found[-1]
+    return found
+
+
+def _tools(name: str, given: Any) -> list[dict[str, Any]] | None:
+    """The tools of a row, which may be JSON text."""
+    tools = given
+    if isinstance(given, str):
+        try:
+            tools = json.loads(given)
+        except ValueError:
+            tools = given or None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{name}: tools is {given!r:.60}; a list of JSON schemas was expected (or that as JSON text); where the "
+            "column means something else, leave it out with columns: {tools: null}"
         )
-    start, minus_length = min(ends)
-    return start - minus_length
+    return tools
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """Texts of the tokens that no ordinary text is tokenised to."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list({*added, *tokenizer.all_special_tokens} - {""})
-
-
-def _render(tokenizer: Any, name: str, messages: Messages, generation_prompt: bool) -> str:
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: it has no chat template; "
-            "add one (chat_template.jinja) to the model's folder"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
-    except Exception as problem:  # templates raise jinja2's errors, and through filters any other
-        raise DataError(f"{name}: the chat template of {tokenizer.name_or_path} refuses it: {problem}") from problem
+def _for_templates(name: str, messages: Messages) -> list[dict[str, Any]]:
+    """Messages as templates want them: a call's arguments as an object, where OpenAI's files have them as JSON text."""
+    if not any(message.get("tool_calls") for message in messages):
+        return cast("list[dict[str, Any]]", messages)
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") or call
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                try:
+                    arguments = json.loads(arguments or "{}")
+                except ValueError as problem:
+                    raise DataError(
+                        f"{name}: the arguments of a call of {function.get('name')} are no JSON: {arguments!r:.60}"
+                    ) from problem
+                function = {**function, "arguments": arguments}
+            calls.append({**call, "function": function} if "function" in call else function)
+        found.append({**message, "tool_calls": calls} if calls else dict(message))
+    return found
 
 
 def _name(row: Row, number: int) -> str:

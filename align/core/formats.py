@@ -24,7 +24,7 @@ from align.core.errors import DataError
 from align.core.records import Kind, Messages, Row
 
 Record = dict[str, Any]
-VERSION = 1
+VERSION = 2
 """Raised when the same file would now give other rows."""
 
 QUESTIONS = ("prompt", "instruction", "question")
@@ -35,6 +35,8 @@ _ROLES = {
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool",
     "function_response": "tool",
 }  # fmt: skip
+_BESIDE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
+"""Keys of a turn that are kept beside its role and content."""
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 GSM8K_ANSWER = re.compile(r"####\s*(\S[^\n]*?)\s*$")
 KNOWN = (
@@ -243,7 +245,12 @@ def _turn(turn: Any, column: str, where: str) -> Any:
         content = ""
     if not isinstance(content, str):
         raise DataError(f"{where}: {column} has a turn whose content is {content!r:.60}; text was expected")
-    more = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name") if turn.get(key) is not None}
+    more = {key: turn[key] for key in _BESIDE if turn.get(key) is not None}
+    if _ROLES[said] != "assistant":  # of others nothing is learnt
+        more.pop("weight", None)
+    weight = more.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise DataError(f"{where}: {column} has a turn of the weight {weight!r:.40}; a number was expected")
     return {"role": _ROLES[said], "content": content, **more}
 
 

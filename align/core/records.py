@@ -13,11 +13,15 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Message(TypedDict):
-    """One turn of a conversation; `role` is system, user, assistant or tool."""
+    """One turn of a conversation; `role` is system, user, assistant or tool.
+
+    `weight` is what an assistant's turn counts in fine-tuning: 0 is not learnt from, 1 where it has none.
+    """
 
     role: str
     content: str
     tool_calls: NotRequired[list[dict[str, Any]]]
+    weight: NotRequired[float]
 
 
 Messages = list[Message]

@@ -6,11 +6,11 @@ both over all layers, tokens and the k experts of a token, so that it is k where
 
 It is read off the routers themselves by hooks: no head and no output of the model need to know of it.
 
-Differs from the paper: nothing, but a global batch is split, and the loss is a product of two means. It is computed on
-each micro batch and averaged with the share that this has of the step, as everywhere in the field. So it is the one
-term that depends on how a global batch is split: small micro batches are asked to be balanced each for itself, which
-is stricter than balance over the global batch (arXiv:2501.11873 measures what that costs). Set the weight to 0 where a
-gradient must not depend on the split.
+A global batch is split, and the loss is a product of two means. Of the two only P has a gradient: with f of the whole
+global batch, counted beforehand in passes without gradient, the loss is a sum over micro batches and the same however
+they are cut. That is balance over the global batch (arXiv:2501.11873), and `counts` and `sent` are for it. Without
+`sent`, f is that of the micro batch: each of them is then asked to be balanced for itself, which is stricter, and the
+gradient depends on the split.
 """
 
 from __future__ import annotations
@@ -72,17 +72,29 @@ class RouterLoss:
         finally:
             self._watched = False
 
-    def term(self, share: float = 1.0, mask: Tensor | None = None) -> Tensor | float:
+    def counts(self, mask: Tensor | None = None) -> Tensor:
+        """Of the pass that was watched: tokens sent to each expert, and last the tokens, over all layers; (E + 1,).
+
+        Args:
+            mask: see `term`.
+        """
+        logits, self._logits = self._logits, []
+        sent, _, tokens = _sums(logits, self._top_k, mask)
+        return torch.cat([sent, tokens[None]]).detach()
+
+    def term(self, share: float = 1.0, mask: Tensor | None = None, sent: Tensor | None = None) -> Tensor | float:
         """Weight times loss times share of the pass that was watched; 0.0 where the loss is off.
 
         Args:
-            share: how much of the step this micro batch is; over a step of one process the shares sum to 1.
+            share: how much of the step this micro batch is; over a step of one process the shares sum to 1. With
+                `sent` they are shares of tokens, else as a rule one over the number of micro batches.
             mask: which tokens count, (B, T) bool; all of them where not given (rows without padding).
+            sent: f of the global batch, (E,): `counts` summed over it, the experts' divided by the tokens.
         """
         if not self.weight or not self._logits:
             return 0.0
         logits, self._logits = self._logits, []
-        loss = balance_loss(logits, self._top_k, mask)
+        loss = balance_loss(logits, self._top_k, mask, sent)
         self.last = loss.item()
         return self.weight * share * loss
 
@@ -95,26 +107,34 @@ class RouterLoss:
         return hook
 
 
-def balance_loss(logits: list[Tensor], top_k: int, mask: Tensor | None = None) -> Tensor:
+def balance_loss(
+    logits: list[Tensor], top_k: int, mask: Tensor | None = None, sent: Tensor | None = None
+) -> Tensor:
     """The loss of one pass, unweighted; see the module.
 
     Args:
         logits: of each layer's router, (tokens, experts).
         top_k: experts that a token is sent to.
         mask: which tokens count, of as many elements; all where not given.
+        sent: f; that of this pass where not given.
     """
-    experts = logits[0].shape[-1]
-    sent, probability = logits[0].new_zeros(experts, dtype=torch.float32), torch.zeros(())
-    tokens = float(len(logits) * len(logits[0])) if mask is None else len(logits) * mask.sum().float()
+    counts, probability, tokens = _sums(logits, top_k, mask)
+    f = counts / tokens if sent is None else sent.to(probability)
+    return len(f) * (f * probability / tokens).sum()
+
+
+def _sums(logits: list[Tensor], top_k: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Over tokens and layers: tokens sent to each expert (E,), their probabilities (E,), the number of tokens ()."""
+    sent = probability = logits[0].new_zeros(logits[0].shape[-1], dtype=torch.float32)
+    tokens = sent.new_tensor(float(len(logits[0]))) if mask is None else mask.sum().to(sent)
     for layer in logits:
         probs = layer.float().softmax(-1)
         chosen = torch.zeros_like(probs).scatter(1, probs.topk(top_k, -1).indices, 1.0)
         if mask is not None:
             counts = mask.reshape(-1, 1).to(probs)
             probs, chosen = probs * counts, chosen * counts
-        sent = sent + chosen.sum(0)
-        probability = probability.to(probs) + probs.sum(0)
-    return experts * (sent / tokens * probability / tokens).sum()
+        sent, probability = sent + chosen.sum(0), probability + probs.sum(0)
+    return sent, probability, len(logits) * tokens
 
 
 def _routers(model: Any) -> list[tuple[Any, int]]:

@@ -120,7 +120,8 @@ def _type_of(name: str, values: Sequence[Any]) -> pa.DataType:
     if name not in MESSAGES:
         return _TYPES[name]
     more = sorted({key for value in values if value for turn in value for key in turn} - {"role", "content"})
-    return pa.list_(pa.struct([(key, _TEXT) for key in ("role", "content", *more)]))
+    types = {"weight": pa.float64()}
+    return pa.list_(pa.struct([(key, types.get(key, _TEXT)) for key in ("role", "content", *more)]))
 
 
 def _stored_messages(value: Any, name: str, row: int) -> Any:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from align.core.errors import DataError
 from align.core.records import Messages
 
-TokenRow = Mapping[str, Sequence[int]]
+TokenRow = Mapping[str, Sequence[int | float]]
+"""Lists of numbers; `weights` are fractions, all others whole. Columns of token ids have names that end in "_ids"."""
 
 
 def tokens_on_disk(path: Path, rows: Iterable[TokenRow | str], what: str) -> tuple[Any, Counter[str]]:
@@ -24,11 +25,11 @@ def tokens_on_disk(path: Path, rows: Iterable[TokenRow | str], what: str) -> tup
 
     Args:
         path: the file; beside it the counts are kept.
-        rows: a row's lists of ids, or the reason for which a row was left out, which is counted.
+        rows: a row's lists, or the reason for which a row was left out, which is counted.
         what: what the rows are, for the error message.
 
     Returns:
-        A `datasets.Dataset` with the rows' columns and `length`, the sum of the columns' lengths; and the counts.
+        A `datasets.Dataset` with the rows' columns and `length`, the token ids of all its columns; and the counts.
 
     Raises:
         DataError: no row is left.
@@ -62,8 +63,10 @@ def _write(path: Path, rows: Iterable[TokenRow | str]) -> Counter[str]:
             if not kept:
                 continue
             counts["rows"] += len(kept)
-            columns = {name: pa.array([row[name] for row in kept], pa.list_(pa.int32())) for name in kept[0]}
-            columns["length"] = pa.array([sum(len(ids) for ids in row.values()) for row in kept], pa.int32())
+            types = {name: pa.list_(pa.float32() if name == "weights" else pa.int32()) for name in kept[0]}
+            columns = {name: pa.array([row[name] for row in kept], kind) for name, kind in types.items()}
+            ids = [name for name in types if name.endswith("_ids")]
+            columns["length"] = pa.array([sum(len(row[name]) for name in ids) for row in kept], pa.int32())
             batch = pa.RecordBatch.from_pydict(columns)
             writer = writer or pa.ipc.new_stream(sink, batch.schema)
             writer.write_batch(batch)
@@ -74,9 +77,9 @@ def _write(path: Path, rows: Iterable[TokenRow | str]) -> Counter[str]:
 
 
 def batch_order(
-    lengths: npt.NDArray[np.integer[Any]], epochs: float, global_batch_size: int, seed: int
+    lengths: npt.NDArray[np.integer[Any]], epochs: float, global_batch_size: int, seed: int, by_length: bool = True
 ) -> npt.NDArray[np.int64]:
-    """Row numbers of all epochs in training order: a whole number of global batches, rows of like length together.
+    """Row numbers of all epochs in training order: a whole number of global batches.
 
     It depends on nothing but its arguments, so that the same rows meet in a step however a global batch is split over
     micro batches and processes. Every row comes at least ⌊epochs⌋ times; the last batch is filled from a further pass.
@@ -84,6 +87,10 @@ def batch_order(
 
     Args:
         lengths: of the rows in tokens, (N,).
+        epochs: passes.
+        global_batch_size: rows of a step.
+        seed: of the shuffling.
+        by_length: whether rows of like length meet in a step, which saves padding; else chance alone decides.
     """
     rng = np.random.default_rng(seed)
     rows = len(lengths)
@@ -91,6 +98,8 @@ def batch_order(
     if wanted >= global_batch_size:
         wanted = math.ceil(wanted / global_batch_size) * global_batch_size
     order = np.concatenate([rng.permutation(rows) for _ in range(math.ceil(wanted / rows))])[:wanted]
+    if not by_length:
+        return order
     # Shuffled windows of some batches are sorted by length, cut, and the batches shuffled again: little padding, and
     # over the epochs a row meets many others.
     window = 8 * global_batch_size

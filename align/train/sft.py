@@ -1,11 +1,14 @@
 """Supervised fine-tuning: the Qwen2 report (arXiv:2407.10671, section 4.2).
 
-The loss is the cross-entropy of the assistant's tokens, each turn's end token among them, averaged over the supervised
-tokens of the whole global batch: however it is split over micro batches and processes, the gradient is the same.
+    loss = -Σ weight · log p(token) / Σ weight
+
+over the assistant's tokens, each turn's end token among them, of the whole global batch: however it is split over micro
+batches and processes, the gradient is the same. The weight is that of the token's message, 1 where it has none.
 
 The defaults are the report's: 2 epochs, learning rate 7e-6 falling to 7e-7, weight decay 0.1, gradient clipping 1.0, up
 to 32,768 tokens. It does not give the batch size, the schedule's shape, the warm-up or the masking; those are ours.
-Differs from the paper: rows are not packed but batched by length, and longer ones are dropped, not cut.
+Differs from the paper: longer rows are dropped, not cut. Rows lie one behind the other without padding, and none sees
+another; where a model can't be run so, they are padded. Both give the same gradient.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ class Config(TrainSettings):
 
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Trains a policy on demonstrations and writes it to `tools.out / "model"`."""
-    from trl import SFTConfig
-
+    from align.core.start import tell
     from align.train import adapters, models, trainer
+    from align.train.batches import Steps
     from align.train.data import batch_order, tokens_on_disk
 
     base, table = inputs["model"], inputs["demonstrations"]
@@ -45,48 +48,49 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     adapters.check_stackable(base, config)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(base)
-    arguments = trainer.training_arguments(
-        SFTConfig, config, speed, tools, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-    )
+    arguments = trainer.sft_arguments(config, speed, tools)
     with arguments.main_process_first(local=False):
-        rows = encoded(config, tokenizer, table)
-        tokens, counts = tokens_on_disk(tools.work / "tokens.arrow", rows, "demonstration")
-    first = tokens[0]
-    if arguments.process_index == 0:
-        tools.progress.say(show(tokenizer, first["input_ids"], first["labels"]))
-
-    lengths = tokens.with_format("numpy")["length"][:]
-    order = batch_order(lengths, config.epochs, config.global_batch_size, tools.seed)
-    trainer.set_batches(arguments, config.global_batch_size, len(order), speed)
+        encoded = tokenized(config, tokenizer, table)
+        rows, counts = tokens_on_disk(tools.work / "tokens.arrow", encoded, "demonstration")
+    lengths = rows.with_format("numpy")["length"][:]
     sft = trainer.SFT(
         config,
         tools,
-        model=models.load_policy(base, speed, config, int(lengths.max())),
+        model=models.load_policy(base, speed, config, int(lengths.max()) // 2),
         args=arguments,
         processing_class=tokenizer,
-        train_dataset=tokens.select_columns(["input_ids", "labels"]).select(order),
+        train_dataset=rows,
         peft_config=adapters.lora_of(config, base),
-        rows=len(tokens),
+        rows=len(rows),
     )
+    order = batch_order(lengths, config.epochs, config.global_batch_size, tools.seed, by_length=False)
+    steps = Steps(rows, order, **sft.split(len(order), speed))
+    sft.train_dataset = steps
+    start = start_of(config, sft, steps, speed, f"SFT of {base.name} on {table.name}", counts)
+    if arguments.process_index == 0:
+        tell(start, tools)
+    if tools.rehearse:
+        return Result(summary={"start": start.figures()})
     sft.train_or_resume()
     models.save_policy(sft, tokenizer, tools.out / "model", config, base)
     return Result(
         summary=sft.summary()
         | dict(counts)
         | adapters.lineage(base, config)
-        | {"loss_over": "supervised tokens of the global batch, all processes"}
+        | {"loss_over": "supervised tokens of the global batch, all processes", "start": start.figures()}
     )
 
 
-def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int]] | str]:
-    """Each row's ids and labels, or why it is left out."""
-    from align.core.chat import encode_demonstrations
+def tokenized(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int] | list[float]] | str]:
+    """Each row as `align.train.batches.Steps` takes it, or why it is left out."""
+    from align.core.chat import encode_rows
     from align.train.data import silent
 
     left_out: dict[str, int] = {}
+    columns = ["prompt_id", "split", "prompt", "completion", *(["tools"] if "tools" in table.columns else [])]
 
     def training_rows() -> Iterator[Any]:
-        for row in table.rows(["prompt_id", "split", "prompt", "completion"]):
+        for row in table.rows(columns):
             reason = f"split_{row['split']}" if row["split"] != "train" else ""
             if not reason and silent(row["completion"]):
                 reason = "empty"
@@ -95,32 +99,84 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
             else:
                 yield row
 
-    for number, (ids, labels) in enumerate(
-        encode_demonstrations(tokenizer, training_rows(), config.supervise == "all_turns")
-    ):
-        if len(ids) <= config.max_length:
-            yield {"input_ids": ids, "labels": labels}
-        elif config.too_long == "error":
-            raise DataError(
-                f"{table.name}: row {number} of the train split has {len(ids)} tokens, max_length is "
-                f"{config.max_length}; raise it, or drop such rows with too_long=drop"
-            )
-        else:
-            yield "too_long"
+    for number, sequences in enumerate(encode_rows(tokenizer, training_rows(), config.supervise == "all_turns")):
+        for tokens in sequences:
+            if len(tokens.ids) <= config.max_length:
+                weights = [weight for _, _, weight in tokens.turns]
+                yield {
+                    "input_ids": tokens.ids,
+                    "turns": [edge for start, end, _ in tokens.turns for edge in (start, end)],
+                    "weights": weights if set(weights) != {1.0} else [],
+                }
+            elif config.too_long == "error":
+                raise DataError(
+                    f"{table.name}: row {number} of the train split has {len(tokens.ids)} tokens, max_length is "
+                    f"{config.max_length}; raise it, or drop such rows with too_long=drop"
+                )
+            else:
+                yield "too_long"
     for reason, count in left_out.items():
         yield from [reason] * count
 
 
-def show(tokenizer: Any, ids: list[int], labels: list[int]) -> str:
-    """A row as the trainer sees it, supervised tokens in green between ⟦ and ⟧."""
-    text, supervised = "first row: ", False
-    for token, label in zip([*ids, None], [*labels, -100], strict=True):
-        if (label >= 0) != supervised:
-            supervised = not supervised
-            text += "\x1b[32m⟦" if supervised else "⟧\x1b[0m"
-        if token is not None:
-            text += tokenizer.decode([token])
-    return text
+def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, counts: Mapping[str, int]) -> Any:
+    """What is told before the first step."""
+    from align.core.cost import shape_of, training_flops, training_seconds
+    from align.core.start import Batch, Start, supervised
+    from align.train.trainer import learning_rates
+
+    shape, lengths = shape_of(sft.model), steps.lengths
+    tokens, learned = int(lengths.sum()), int(steps.supervised.sum())
+    passes = len(steps.order) / len(lengths)
+    flops = training_flops(
+        shape, int(tokens * passes), int(learned * passes), float((lengths**2.0).sum() / tokens / 2),
+        recomputed=speed.gradient_checkpointing,
+    )  # fmt: skip
+    count = len(steps) // steps.processes
+    first = steps[0]["parts"]
+    return Start(
+        title=title,
+        examples=[
+            supervised(sft.processing_class, row["input_ids"], *labels_and_weights(row))
+            for row in steps.rows.select(range(min(2, len(steps.rows))))
+        ],
+        kept=len(lengths),
+        left_out={reason: number for reason, number in counts.items() if reason != "rows"},
+        tokens=tokens,
+        learned_tokens=learned,
+        longest=int(lengths.max()),
+        max_length=config.max_length,
+        batch=Batch(
+            rows=min(steps.batch, len(steps.order)),
+            at_once=max(int((part["position_ids"] == 0).sum()) for part in first),
+            accumulated=len(first),
+            processes=steps.processes,
+            tokens_at_once=None if speed.micro_batch_size else steps.tokens_at_once,
+        ),
+        steps=count,
+        epochs=config.epochs,
+        layout=sft.layout,
+        optimizer=f"AdamW, weight decay {config.weight_decay:g}, clip {config.max_grad_norm:g}",
+        learning_rates=learning_rates(config, count),
+        scheduler=config.lr_scheduler,
+        loss="cross-entropy of the supervised tokens, averaged over the step"
+        + (f" + {sft.router.weight:g} × balance of the experts" if sft.router.weight else ""),
+        parameters=shape.parameters,
+        trained=shape.trained,
+        place=f"{speed.device}, {speed.precision}",
+        seconds=training_seconds(flops, shape, speed.device, speed.precision),
+    )
+
+
+def labels_and_weights(row: Mapping[str, list[Any]]) -> tuple[list[int], list[float]]:
+    """Of each token of a row whether it is supervised (itself, or -100), and its weight."""
+    ids, turns = row["input_ids"], row["turns"]
+    labels, weights = [-100] * len(ids), [1.0] * len(ids)
+    for place, (start, end) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+        labels[start:end] = ids[start:end]
+        if row["weights"]:
+            weights[start:end] = [row["weights"][place]] * (end - start)
+    return labels, weights
 
 
 STAGE = Stage(
@@ -134,4 +190,5 @@ STAGE = Stage(
     gives=Kind.MODEL,
     run=run,
     trains=True,
+    version=2,
 )

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from align.core.errors import RecipeError, RunError
 from align.core.router import RouterLoss
+from align.core.segments import IGNORED, can_be_flat, model_inputs
 from align.core.stage import Tools
+from align.core.trackers import Trackers, open_trackers
+from align.train.batches import AT_ONCE
 from align.train.head import score_labelled_only
 from align.train.settings import Speed, TrainSettings
 
@@ -35,6 +41,12 @@ def learning_rate_factor(settings: TrainSettings, progress: float) -> float:
     after = (progress - settings.warmup_ratio) / (1 - settings.warmup_ratio)
     left = 1 - after if settings.lr_scheduler == "linear" else (1 + math.cos(math.pi * min(after, 1.0))) / 2
     return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * max(left, 0.0)
+
+
+def learning_rates(settings: TrainSettings, steps: int, most: int = 32) -> list[float]:
+    """The learning rate at evenly spaced steps from the first to the last."""
+    places = sorted({round(i * (steps - 1) / max(1, most - 1)) for i in range(most)})
+    return [settings.learning_rate * learning_rate_factor(settings, (place + 0.5) / steps) for place in places]
 
 
 def training_arguments(kind: type[Any], settings: TrainSettings, speed: Speed, tools: Tools, **more: Any) -> Any:
@@ -88,6 +100,7 @@ class OurTrainer:
     The methods that override one of the libraries' are listed, and held to it, in tests/train/test_contract.py.
     """
 
+    accelerator: Any
     args: Any
     state: Any
     model: Any
@@ -98,9 +111,11 @@ class OurTrainer:
     remove_callback: Any
     train: Any
     announces = True
+    figures: dict[str, float]
+    """Of the last step, for its line of the curves: `tokens`, `supervised_tokens`."""
 
     def __init__(self, settings: TrainSettings, tools: Tools, rows: int, **trl: Any) -> None:
-        self.settings, self.tools = settings, tools
+        self.settings, self.tools, self.figures = settings, tools, {}
         try:
             super().__init__(**trl)
         except ValueError as problem:
@@ -113,6 +128,9 @@ class OurTrainer:
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)  # the step's own progress speaks
         self.rows = rows
+        for weight in self.model.parameters():  # TRL makes QLoRA's adapters bf16, where small updates vanish
+            if weight.requires_grad and weight.dtype == torch.bfloat16:
+                weight.data = weight.data.float()
         self.aux_loss_enabled = False  # TRL's; ours stands beside whatever loss there is
         self.router = RouterLoss(self.model, settings.router_loss_weight)
         self.curves = Curves(tools, self)
@@ -135,6 +153,29 @@ class OurTrainer:
     def step(self) -> int:
         """Optimizer steps that are behind."""
         return int(self.state.global_step)
+
+    def experts_load(self, model: Any, parts: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+        """The share of a step's tokens that each expert gets, (E,); None where no loss asks for it.
+
+        The load-balancing loss is a product of two means over tokens, of which this one has no gradient. So where a
+        step is split, it is taken over the whole step by a pass without gradient, and the rest is a sum over micro
+        batches: the gradient does not depend on the split.
+
+        Args:
+            model: as it is trained.
+            parts: the micro batches of this process.
+        """
+        if not self.router.weight or (len(parts) == 1 and self.accelerator.num_processes == 1):
+            return None
+        counts: Any = 0
+        for part in parts:
+            nothing = {"shift_labels": torch.full_like(part["shift_labels"], IGNORED)}  # no head is needed
+            with torch.no_grad(), self.accelerator.autocast(), self.router.watching():
+                model(**(model_inputs(part) | nothing), fused_lm_head=True)
+            counts = counts + self.router.counts(token_mask(part))
+        counts = self.accelerator.reduce(counts, "sum")
+        load: torch.Tensor = counts[:-1] / counts[-1]
+        return load
 
     def place(self) -> dict[str, float]:
         """Where the training is, for the curves."""
@@ -165,19 +206,107 @@ class OurTrainer:
         """Nothing leaves the machine."""
 
 
-class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer on our own ids and labels."""
+def layout_of(model: Any, speed: Speed) -> tuple[bool, str]:
+    """Whether rows lie one behind the other without padding, and why, in words."""
+    if not can_be_flat(model, speed.precision):
+        return False, "padded, rows of like length together: this model's attention can't be taken apart by rows"
+    varlen = speed.device != "cpu" and speed.precision == "bf16"
+    return True, f"flat, without padding: attention {'over rows of unlike length (varlen)' if varlen else 'row by row'}"
 
-    def compute_loss(self, model: Any, inputs: Any, *rest: Any, num_items_in_batch: Any = None, **more: Any) -> Any:
-        """TRL's, and the load-balancing loss of experts."""
-        mask = inputs["attention_mask"].bool()
+
+def sft_arguments(settings: TrainSettings, speed: Speed, tools: Tools) -> Any:
+    """TRL's arguments for `SFT`, which splits steps itself."""
+    return training_arguments(
+        SFTConfig,
+        settings,
+        speed,
+        tools,
+        max_length=None,  # the rows have been measured; nothing is cut
+        dataset_kwargs={"skip_prepare_dataset": True},
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        remove_unused_columns=False,
+    )
+
+
+class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer with our own batches and loss; see align/train/batches.py for what an item of the data is.
+
+    loss = -Σ weight · log p(token) / Σ weight, both over the supervised tokens of the global batch, all processes
+    """
+
+    loss_is_scaled_for_ga = True  # the loss is divided by the weight of the whole step, not of a micro batch
+
+    def __init__(self, settings: TrainSettings, tools: Tools, rows: int, **trl: Any) -> None:
+        super().__init__(settings, tools, rows, **trl)
+        self.data_collator = lambda items: items[0]  # an item is a process's share of a step
+        self.step_weight = self.positions = 1.0
+        self.load: torch.Tensor | None = None
+        self.layout = ""
+
+    def split(self, rows: int, speed: Speed) -> dict[str, Any]:
+        """How steps are split and rows lie, as `align.train.batches.Steps` is told; says in `layout` why.
+
+        Args:
+            rows: of all steps.
+            speed: whose `micro_batch_size` counts, where it isn't 0, in place of tokens.
+
+        Raises:
+            RecipeError: a step has fewer rows than there are processes.
+        """
+        batch, processes = self.settings.global_batch_size, self.args.world_size
+        if min(batch, rows) < processes:
+            raise RecipeError(
+                f"global_batch_size: a step of {min(batch, rows)} rows can't be shared by {processes} processes; "
+                "use more rows, or fewer processes"
+            )
+        flat, self.layout = layout_of(self.model, speed)
+        return {
+            "batch": batch,
+            "processes": processes,
+            "flat": flat,
+            "tokens_at_once": 2**62 if speed.micro_batch_size else AT_ONCE[speed.device],
+            "rows_at_once": speed.micro_batch_size or 2**62,
+            "pad_id": self.processing_class.pad_token_id,
+        }
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The micro batches of this process one after the other; gradients are exchanged with the last one's."""
+        self.figures = {"tokens": inputs["tokens"], "supervised_tokens": inputs["supervised"]}
+        self.step_weight, self.positions, parts = inputs["weight"], inputs["positions"], inputs["parts"]
+        model.train()
+        self.load = self.experts_load(model, [self._prepare_inputs(part) for part in parts])
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, part)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        """This micro batch's part of the loss, times the processes, whose gradients are averaged."""
         with self.router.watching():
-            loss = super().compute_loss(model, inputs, *rest, num_items_in_batch=num_items_in_batch, **more)
-        return loss + self.router.term(1 / self.current_gradient_accumulation_steps, mask)
+            out = model(**model_inputs(inputs), fused_lm_head=True)
+        loss: torch.Tensor = -(inputs["weights"] * out.log_probs).sum() / self.step_weight
+        if self.router.weight:
+            mask = token_mask(inputs)
+            share = float(inputs["input_ids"].numel() if mask is None else mask.sum()) / self.positions
+            loss = loss + self.router.term(share, mask, self.load)
+        return loss * int(self.accelerator.num_processes)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted here."""
+        return 0
+
+
+def token_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which places of padded rows hold tokens, (B, T); None for a flat batch, where all do."""
+    return None if "segments" in batch else batch["attention_mask"].bool()
 
 
 class Curves(TrainerCallback):  # type: ignore[misc]
-    """Writes one line a step to metrics.jsonl and counts the steps on the screen.
+    """Writes one line a step to metrics.jsonl and to the trackers, and counts the steps on the screen.
 
     After a kill, lines beyond the checkpoint are taken back.
     """
@@ -186,6 +315,8 @@ class Curves(TrainerCallback):  # type: ignore[misc]
         self.tools, self.trainer = tools, trainer
         self.path = tools.out / "metrics.jsonl"
         self.lines: list[dict[str, Any]] = []
+        self.trackers: Trackers | None = None
+        self.since = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes up the lines that are there already."""
@@ -197,9 +328,11 @@ class Curves(TrainerCallback):  # type: ignore[misc]
         self.lines = [line for line in kept if line["step"] <= behind]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.trackers = open_trackers(self.tools, self.trainer.settings.model_dump(), self.lines)
         if self.trainer.announces:
             self.tools.progress.start(state.max_steps, "steps")
             self.tools.progress.advance(behind)
+        self.since = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line."""
@@ -210,14 +343,30 @@ class Curves(TrainerCallback):  # type: ignore[misc]
                 f"the loss is {logs['loss']} at step {self.trainer.step}; the training has blown up; "
                 "lower learning_rate, or set max_grad_norm"
             )
-        self.write(self.trainer.place() | {name: float(value) for name, value in logs.items() if name != "epoch"})
-        self.tools.progress.advance(loss=round(logs["loss"], 4))
+        figures = self.trainer.figures
+        line = self.trainer.place() | {name: float(value) for name, value in logs.items() if name != "epoch"} | figures
+        if self.trainer.router.last is not None:
+            line["router_loss"] = self.trainer.router.last
+        now = time.monotonic()
+        if tokens := figures.get("tokens"):
+            line["tokens_per_second"] = round(tokens / (now - self.since), 1)
+        self.since = now
+        self.write(line)
+        shown = {"learning_rate": logs["learning_rate"]} if "learning_rate" in logs else {}
+        self.tools.progress.advance(loss=round(logs["loss"], 4), **shown, **({"tokens": int(tokens)} if tokens else {}))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No line comes any more."""
+        if self.trackers is not None:
+            self.trackers.close()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line."""
+        """Adds a line; every one goes through here."""
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.trackers is not None:
+            self.trackers.log(line)
 
 
 class Marks(TrainerCallback):  # type: ignore[misc]

@@ -195,3 +195,10 @@ def test_tool_calls_are_kept():
     calls = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
     turn = messages([{"role": "assistant", "content": None, "tool_calls": calls}], "assistant", "m", "x")[0]
     assert turn == {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def test_what_an_assistant_s_turn_counts_is_kept_and_wrong_weights_are_refused():
+    turns = [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b", "weight": 0}]
+    assert messages(turns, "user", "m", "x")[1] == turns[1]
+    with pytest.raises(DataError, match="x: m has a turn of the weight 'much'"):
+        messages([{"role": "assistant", "content": "b", "weight": "much"}], "user", "m", "x")

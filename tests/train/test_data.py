@@ -51,7 +51,7 @@ def test_rows_left_out_are_counted_by_reason_and_a_second_call_reads_the_file(tm
     path = tmp_path / "tokens.arrow"
     data, counts = tokens_on_disk(path, rows, "demonstration")
     assert counts == {"rows": 2, "too_long": 1}
-    assert data[0] == {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "length": 6}
+    assert data[0] == {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "length": 3}
     again, counts = tokens_on_disk(path, [], "demonstration")
     assert (len(again), counts["too_long"]) == (2, 1)
 

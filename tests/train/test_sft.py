@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
-from align.core.chat import encode_demonstrations
+from align.core.chat import encode_demonstrations, encode_rows
 from align.core.errors import DataError, ModelError, RunError
+from align.core.records import Kind
 from align.core.stage import Tools
 from align.core.store import ModelRef, Table
+from align.core.writer import write_rows
 from align.train import models, trainer
 from align.train.settings import Speed
-from align.train.sft import STAGE, Config, show
+from align.train.sft import STAGE
+from tests.core.shapes import tokenizer_of
 from tests.train import steps
 from tests.train.kills import assert_survives_kills
 from tests.train.ranks import assert_same_gradient, in_ranks
@@ -42,7 +47,7 @@ def test_a_model_learns_its_demonstrations_and_is_written_whole(tmp_path: Path) 
     assert summary["loss"] < 1.0
     assert (summary["steps"], summary["rows"], summary["base"]) == (60, 24, "base")
     assert summary["loss_over"] == "supervised tokens of the global batch, all processes"
-    assert "⟦The answer is 0.<|im_end|>⟧" in progress.said[0].replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert "⟦The answer is 0.<|im_end|>⟧" in re.sub(r"\x1b\[[0-9;]*m", "", progress.said[0])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
     assert model.config.use_cache
@@ -58,67 +63,91 @@ def test_other_architectures_take_a_step(tmp_path: Path, family: str) -> None:
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-class Gradients(TrainerCallback):  # type: ignore[misc]
-    """Keeps the gradient of the first optimizer step."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.seen:
-            self.seen = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def first_gradient(folder: Path, micro: int, rows: int = 8) -> dict[str, torch.Tensor]:
+def first_gradient(
+    folder: Path, given: dict[str, Table | ModelRef], micro: int = 8, **settings: Any
+) -> list[torch.Tensor]:
     """Of one global batch of 8 rows with 4 to about 30 supervised tokens, `micro` rows at a time."""
-    from datasets import Dataset
-
-    config = Config(**QUICK, max_grad_norm=0.0)
-    speed = Speed(device="cpu", precision="fp32", micro_batch_size=micro)
-    tools = Tools(seed=3, engines={}, progress=steps.Silent(), work=folder / "work", out=folder / "out")
-    tokenizer = make_tokenizer()
-    pairs = list(encode_demonstrations(tokenizer, demonstrations(rows)))
-    data = Dataset.from_dict({"input_ids": [ids for ids, _ in pairs], "labels": [labels for _, labels in pairs]})
-    arguments = trainer.training_arguments(
-        SFTConfig, config, speed, tools, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-    )
-    trainer.set_batches(arguments, 8, rows, speed)
-    sft = trainer.SFT(
-        config, tools, rows, model=make_model(), args=arguments, processing_class=tokenizer, train_dataset=data
-    )
-    gradients = Gradients()
-    sft.add_callback(gradients)
-    sft.train()
-    return gradients.seen
+    settings = QUICK | {"epochs": 1.0, "max_grad_norm": 0.0} | settings
+    return gradient_of(lambda: steps.run(STAGE, folder / f"by-{micro}", given, settings, {"micro_batch_size": micro}))
 
 
-def test_a_global_batch_gives_the_same_gradient_however_it_is_split(tmp_path: Path) -> None:
-    whole = first_gradient(tmp_path, micro=8)
-    for micro in (1, 2, 4):
-        split = first_gradient(tmp_path, micro)
-        for name in whole:
-            torch.testing.assert_close(split[name], whole[name], atol=1e-6, rtol=0)
+def as_named(model: Any, gradient: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The optimizer holds what decays first."""
+    names = sorted((name for name, _ in model.named_parameters()), key=lambda name: "norm" in name or "bias" in name)
+    return dict(zip(names, gradient, strict=True))
 
 
-def test_the_gradient_is_that_of_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
-    """By hand: the sum of -log p over all supervised tokens of the 8 rows, over their number, each row run alone."""
-    model, total, count = make_model(), torch.zeros(()), 0
-    for ids, labels in encode_demonstrations(make_tokenizer(), demonstrations(8)):
-        logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        for place, label in enumerate(labels[1:]):
-            if label != -100:
-                total, count = total - logps[place, label], count + 1
-    (total / count).backward()
-    trained = first_gradient(tmp_path, micro=2)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(trained[name], parameter.grad, atol=1e-6, rtol=0)
+def test_the_gradient_is_that_of_the_weighted_mean_over_supervised_tokens(tmp_path: Path) -> None:
+    """In float64 and row by row: the sum of -weight · log p over all supervised tokens, over the sum of weights.
+
+    Every third answer has the weight 0.25, and every fourth row a second answer of the weight 2.
+    """
+    rows = demonstrations(8)
+    for number, row in enumerate(rows):
+        row["completion"][0]["weight"] = 0.25 if number % 3 == 0 else 1.0
+        if number % 4 == 0:
+            more = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Yes.", "weight": 2.0}]
+            row["completion"] += more
+    model, total, count = make_model().double(), torch.zeros(()).double(), 0.0
+    for (tokens,) in encode_rows(make_tokenizer(), rows):
+        logps = model(torch.tensor([tokens.ids])).logits[0, :-1].log_softmax(-1)
+        for start, end, weight in tokens.turns:
+            for place in range(start, end):
+                total, count = total - weight * logps[place - 1, tokens.ids[place]], count + weight
+    torch.autograd.backward(total / count)
+    given = inputs(tmp_path, 8) | {"demonstrations": stored(tmp_path / "weighted", rows)}
+    trained = as_named(model, first_gradient(tmp_path, given, micro=3))
+    assert_same_gradient([trained[name] for name, _ in model.named_parameters()], [p.grad for p in model.parameters()])
+
+
+def stored(folder: Path, rows: list[dict[str, Any]]) -> Table:
+    """As a stage would be handed them."""
+    write_rows(folder, rows, Kind.DEMONSTRATIONS)
+    return Table.open(folder)
+
+
+def test_loss_and_gradient_are_those_of_trl_on_the_same_rows(tmp_path: Path) -> None:
+    encoded = list(encode_demonstrations(make_tokenizer(), demonstrations(8)))
+    data = Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]})
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=8, max_grad_norm=0.0, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    model = make_model()
+    trl = SFTTrainer(model, arguments, train_dataset=data, processing_class=make_tokenizer())
+    theirs = gradient_of(trl.train)
+    given = inputs(tmp_path, 8)
+    assert_same_gradient(first_gradient(tmp_path, given, micro=3), theirs)
+    steps.run(STAGE, tmp_path / "ours", given, QUICK | {"epochs": 1.0})
+    batch = trl.data_collator([data[i] for i in range(8)])
+    assert steps.curves(tmp_path / "ours")[0]["loss"] == pytest.approx(make_model()(**batch).loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gemma"])
+def test_a_global_batch_gives_the_same_gradient_however_it_is_split_and_laid_out(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat and padded; of the mixture of experts with a loss of its routers that counts as much as the other.
+
+    Rows of gemma (attention with a cap) are always padded.
+    """
+    given = inputs(tmp_path, 8, family)
+    more = {"router_loss_weight": 0.5} if family == "qwen2_moe" else {}
+    whole = first_gradient(tmp_path, given, 8, **more)
+    assert_same_gradient(first_gradient(tmp_path, given, 3, **more), whole)
+    monkeypatch.setattr(trainer, "can_be_flat", lambda *_: False)
+    assert_same_gradient(first_gradient(tmp_path, given, 2, **more), whole)
 
 
 def test_only_the_train_split_is_trained_on(tmp_path: Path) -> None:
     rows = demonstrations(10)
     rows[3]["split"], rows[4]["split"], rows[5]["split"] = "dev", "test", "test"
     save_model(tmp_path / "base")
-    given = {"model": steps.policy(tmp_path / "base"), "demonstrations": steps.table(tmp_path / "r.parquet", rows)}
+    given: dict[str, Table | ModelRef] = {
+        "model": steps.policy(tmp_path / "base"),
+        "demonstrations": steps.table(tmp_path / "r.parquet", rows),
+    }
     summary, _ = steps.run(STAGE, tmp_path / "sft", given, QUICK)
     assert (summary["rows"], summary["split_dev"], summary["split_test"]) == (7, 1, 2)
 
@@ -194,13 +223,6 @@ def test_no_model_is_written_of_weights_that_the_last_step_has_ruined(tmp_path: 
     assert not (tmp_path / "sft" / "model").exists()
 
 
-def test_the_first_row_is_shown_with_its_supervised_tokens_marked() -> None:
-    tokenizer = make_tokenizer()
-    ids, labels = next(encode_demonstrations(tokenizer, demonstrations(1)))
-    shown = show(tokenizer, ids, labels)
-    assert shown.endswith("<|im_start|>assistant\n\x1b[32m⟦The answer is 0.<|im_end|>⟧\x1b[0m")
-
-
 def test_a_run_killed_at_any_step_goes_on_to_the_same_weights_and_curves(tmp_path: Path) -> None:
     """Killed at the first step (nothing is saved yet), in the middle, and again at the very next step."""
     assert_survives_kills(STAGE, tmp_path, inputs(tmp_path), QUICK, at=(1, 3, 4))
@@ -216,12 +238,60 @@ def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(tmp_path: Path) ->
 
 
 def test_two_ranks_take_the_step_that_one_takes(tmp_path: Path) -> None:
-    """The same global batch of 8 rows: at once, and 2 rows at a time in each of 2 ranks with 2 accumulated."""
-    given, settings = inputs(tmp_path), QUICK | {"max_grad_norm": 0.0}
+    """The same global batch of 7 rows at once, and in two ranks, which get 4 and 3 of them, 2 at a time.
 
-    def step(micro: int, folder: str) -> list[torch.Tensor]:
-        return gradient_of(lambda: steps.run(STAGE, tmp_path / folder, given, settings, {"micro_batch_size": micro}))
-
-    whole = step(8, "one")
-    for gradient in in_ranks(lambda: step(2, "two"), tmp_path / "ranks"):
+    The model is a mixture of experts, whose load counts over all of the step.
+    """
+    given, more = inputs(tmp_path, 7, "qwen2_moe"), {"router_loss_weight": 0.5}
+    whole = first_gradient(tmp_path, given, 8, **more)
+    for gradient in in_ranks(lambda: first_gradient(tmp_path, given, 2, **more), tmp_path / "ranks"):
         assert_same_gradient(gradient, whole)
+
+
+def test_the_router_loss_is_the_model_s_own_unless_it_is_set(tmp_path: Path) -> None:
+    given = inputs(tmp_path, 8, "qwen2_moe")
+    _, progress = steps.run(STAGE, tmp_path / "own", given, QUICK | {"epochs": 1.0})
+    assert "0.001 × balance of the experts" in " ".join(progress.said[0].split())
+    assert steps.curves(tmp_path / "own")[0]["router_loss"] == pytest.approx(2.0, abs=0.5)  # k = 2 where balanced
+    own = first_gradient(tmp_path, given)
+    assert_same_gradient(first_gradient(tmp_path, given, router_loss_weight=0.001), own)
+    with pytest.raises(AssertionError, match="apart"):
+        assert_same_gradient(first_gradient(tmp_path, given, router_loss_weight=0.0), own)
+
+
+def test_a_row_whose_history_the_template_rewrites_becomes_several(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.save_pretrained(tmp_path / "base")
+    row = demonstrations(1)[0]
+    row["completion"] += [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Yes."}]
+    model = make_model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    given: dict[str, Table | ModelRef] = {
+        "model": steps.policy(tmp_path / "base"),
+        "demonstrations": steps.table(tmp_path / "r.parquet", [row] * 4),
+    }
+    summary, _ = steps.run(STAGE, tmp_path / "sft", given, QUICK | {"epochs": 1.0})
+    assert (summary["rows"], summary["steps"]) == (8, 1)
+
+
+def test_a_rehearsal_tells_what_would_be_done_and_trains_nothing(tmp_path: Path) -> None:
+    given, progress = inputs(tmp_path, 20), steps.Silent()
+    tools = Tools(
+        seed=3, engines={}, progress=progress, work=tmp_path / "work", out=tmp_path / "sft", speed={"device": "cpu"},
+        rehearse=True,
+    )  # fmt: skip
+    tools.work.mkdir()
+    start = STAGE.run(STAGE.config(**QUICK), given, tools).summary["start"]
+    assert (start["kept"], start["steps"], start["batch"]["rows"]) == (20, 5, 8)
+    assert "flat, without padding: attention row by row" in progress.said[0]
+    assert not (tmp_path / "sft" / "model").exists()
+
+
+def test_the_curves_tell_tokens_and_their_speed(tmp_path: Path) -> None:
+    steps.run(STAGE, tmp_path / "sft", inputs(tmp_path, 8), QUICK | {"epochs": 2.0})
+    encoded = list(encode_demonstrations(make_tokenizer(), demonstrations(8)))
+    for line in steps.curves(tmp_path / "sft"):
+        assert line["tokens"] == sum(len(ids) for ids, _ in encoded)
+        assert line["supervised_tokens"] == sum(label >= 0 for _, labels in encoded for label in labels)
+        assert line["tokens_per_second"] > 0

@@ -1,0 +1,139 @@
+"""How much memory a training will take, from a model's config and the settings, and how much is there.
+
+What autograd keeps of one layer for one token, in numbers (counted in transformers' Qwen2 and Llama, held by a test):
+
+    6 d + 2 q + 2 k + 4 f + h + 2        d hidden, q queries, k keys, f of the MLP, h heads
+
+An attention that keeps a square of the length is not meant: neither torch's own nor FlashAttention does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD_ELEMENTS = 2**26
+"""Most logits that the head on a CPU holds at a time; it holds about four such tables (logits, log-probabilities,
+their exponentials, and a gradient or product)."""
+
+_TILE = 4096 * 32768
+"""Logits of a tile of TRL's kernel on a GPU; two of them are held, and a gradient of the head in fp32."""
+
+
+def memory_needed(
+    config: Any,
+    tokens: int,
+    labelled: int,
+    *,
+    lora_rank: int = 0,
+    lora_targets: str | Sequence[str] = "all-linear",
+    quantization: str = "none",
+    precision: str = "fp32",
+    checkpointing: bool = False,
+    reference: bool = False,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Bytes that one process needs at its peak, by part; their sum is the estimate.
+
+    Upwards of what is used where there is no accumulation: gradients and activations are then never whole at once.
+
+    Args:
+        config: the model's, of transformers.
+        tokens: that go through the model at once.
+        labelled: those of them that the language-model head scores; 0 for a scalar head.
+        lora_rank: of the adapters; 0 trains all weights.
+        lora_targets: names of modules, or all-linear.
+        quantization: none or nf4.
+        precision: fp32, or bf16 (fp32 weights and bf16 arithmetic; bf16 weights where they are frozen).
+        checkpointing: whether activations are computed twice.
+        reference: whether a second, frozen model is held.
+        device: cpu or cuda.
+
+    Returns:
+        `weights`, `gradients`, `optimizer`, `activations`, `logits`, and `reference` where there is one.
+    """
+    text = config.get_text_config()
+    linear, others, adapters = _count(config, lora_rank, lora_targets, head=labelled > 0)
+    low = precision == "bf16"
+    frozen = lora_rank > 0
+    size = 2 if frozen and low else 4
+    weights = others * size + int(linear * (0.52 if quantization == "nf4" else size))
+    trained = adapters if frozen else linear + others
+    if low and not frozen:
+        weights += 2 * linear  # autocast keeps what it has rounded until the backward pass is done
+    layers = int(text.num_hidden_layers)
+    of_layer, kept = _of_layer(text, low), text.hidden_size * (2 if low else 4)
+    of_token = layers * kept + of_layer if checkpointing else layers * of_layer
+    needed = {
+        "weights": weights + 4 * (adapters if frozen else 0),
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations": tokens * (of_token + 3 * 4 * text.hidden_size),
+        "logits": _of_logits(text, labelled, device),
+    }
+    if reference:
+        needed["reference"] = (linear + others) * size
+    return needed
+
+
+def memory_there(device: str) -> int:
+    """Bytes that are free: of the GPU, or of this machine's memory within the limit of its container."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    return free if limit is None or used is None else min(free, limit - used)
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # another system, or "max"
+        return None
+
+
+def _count(config: Any, rank: int, targets: str | Sequence[str], head: bool) -> tuple[int, int, int]:
+    """Weights of linear layers, all other weights (embeddings and head among them), weights of the adapters."""
+    import torch
+    from torch import nn
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes alone
+        model = (AutoModelForCausalLM if head else AutoModel).from_config(config)
+    top = model.get_output_embeddings() if head else None
+    names = [targets] if isinstance(targets, str) else list(targets)
+    linear = adapters = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not top:
+            linear += module.weight.numel()
+            if names == ["all-linear"] or name.rsplit(".", 1)[-1] in names:
+                adapters += rank * (module.in_features + module.out_features)
+    return linear, sum(p.numel() for p in model.parameters()) - linear, adapters
+
+
+def _of_layer(text: Any, low: bool) -> int:
+    """Bytes that autograd keeps of a layer for one token."""
+    d, heads = int(text.hidden_size), int(text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or d // heads)
+    q, k = heads * width, int(getattr(text, "num_key_value_heads", None) or heads) * width
+    f = int(getattr(text, "intermediate_size", None) or 4 * d)
+    if experts := getattr(text, "num_experts_per_tok", None):
+        f = experts * int(getattr(text, "moe_intermediate_size", None) or f)
+        f += int(getattr(text, "shared_expert_intermediate_size", None) or 0)
+    if low:  # the norms are computed in fp32
+        return 26 * d + 4 * q + 4 * k + 8 * f + 4 * (heads + 2)
+    return 4 * (6 * d + 2 * q + 2 * k + 4 * f + heads + 2)
+
+
+def _of_logits(text: Any, labelled: int, device: str) -> int:
+    vocabulary = int(text.vocab_size)
+    if not labelled:
+        return 0
+    if device == "cpu":
+        return 4 * 4 * min(labelled * vocabulary, HEAD_ELEMENTS)
+    return 4 * (2 * min(labelled * vocabulary, _TILE) + vocabulary * int(text.hidden_size))
