@@ -29,15 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("align.backends", "align.plan", "align.tiny.rater"),
     ("align.settings", "align.outside", "align.reader", "align.fit", "align.recipe"),
     ("align.fingerprints", "align.lock", "align.folders", "align.inputs", "align.launch", "align.pipeline"),
-    (
-        "align.report",
-        "align.doctor",
-        "align.forecast",
-        "align.overview",
-        "align.ladder",
-        "align.helptext",
-        "align.shipped",
-    ),
+    ("align.report", "align.doctor", "align.forecast", "align.overview", "align.ladder", "align.helptext", "align.shipped"),
     ("align.annotate",),
     ("align.cli",),
 ]

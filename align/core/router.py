@@ -107,7 +107,9 @@ class RouterLoss:
         return hook
 
 
-def balance_loss(logits: list[Tensor], top_k: int, mask: Tensor | None = None, sent: Tensor | None = None) -> Tensor:
+def balance_loss(
+    logits: list[Tensor], top_k: int, mask: Tensor | None = None, sent: Tensor | None = None
+) -> Tensor:
     """The loss of one pass, unweighted; see the module.
 
     Args:
