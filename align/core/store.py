@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +47,42 @@ class ModelRef:
 
     @staticmethod
     def open(spec: str | Path, kind: Kind, name: str | None = None) -> ModelRef:
-        """Finds a model and checks what can be seen of it without loading it.
+        """Finds a model, checks what can be seen of it without loading it, and reads it once for its fingerprint.
 
         Args:
-            spec: a model's folder or a step's folder, the name of a checkpoint of the package (`SHIPPED`), or a Hub id,
-                with `@revision` to pin it. A LoRA adapter's folder is a model.
+            spec: see `find`.
             kind: what it is wanted as.
-            name: how people know it; else the folder's name (the step's name for a step's `model` folder) or the id.
+            name: see `find`.
 
         Raises:
             ModelError: there is no such model, it is of the other kind, or files are missing or broken.
+        """
+        found = ModelRef.find(spec, name)
+        folder = Path(found.path)
+        if not folder.is_dir():
+            return replace(found, kind=kind)
+        if found.kind is not kind:
+            raise ModelError(f"{spec}: is a {_SPOKEN[found.kind]}, a {_SPOKEN[kind]} was expected")
+        return replace(found, fingerprint=content_fingerprint(folder, *_base_of(folder)))
+
+    @staticmethod
+    def find(spec: str | Path, name: str | None = None) -> ModelRef:
+        """Finds a model of either kind, without a look at its weights: a folder's has no fingerprint.
+
+        Args:
+            spec: a model's folder or a step's folder, the name of a checkpoint of the package (`SHIPPED`), or a Hub id,
+                with `@revision` to pin it. A LoRA adapter's folder is a model. What lies on the Hub counts as a policy.
+            name: how people know it; else the folder's name (the step's name for a step's `model` folder) or the id.
+
+        Raises:
+            ModelError: there is no such model, or files are missing or broken.
         """
         text = str(spec)
         folder = SHIPPED.get(text) or Path(text).expanduser()
         if folder.is_dir():
             folder = folder / "model" if (folder / "model").is_dir() and not _is_model(folder) else folder
-            found = _kind_of_folder(folder)
-            if found is not kind:
-                raise ModelError(f"{text}: is a {_SPOKEN[found]}, a {_SPOKEN[kind]} was expected")
             default = text if text in SHIPPED else folder.parent.name if folder.name == "model" else folder.name
-            return ModelRef(str(folder), kind, name or default, content_fingerprint(folder, *_base_of(folder)))
+            return ModelRef(str(folder), _kind_of_folder(folder), name or default, "")
         if text in SHIPPED:
             raise ModelError(
                 f"{text}: the checkpoint that the package carries is missing from {folder}; reinstall the package"
@@ -74,7 +90,7 @@ class ModelRef:
         if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
             raise ModelError(f"{text}: no such model folder, and it is no Hub id (owner/name, or owner/name@revision)")
         path, _, revision = text.partition("@")
-        return ModelRef(path, kind, name or text, f"{path}@{revision or 'main'}", revision or None)
+        return ModelRef(path, Kind.MODEL, name or text, f"{path}@{revision or 'main'}", revision or None)
 
 
 _SPOKEN = {Kind.MODEL: "policy", Kind.REWARD_MODEL: "reward model"}
@@ -87,6 +103,10 @@ def _is_model(folder: Path) -> bool:
 def _kind_of_folder(folder: Path) -> Kind:
     """What a folder holds by its own files; see `ModelRef.open` for the errors."""
     if not _is_model(folder):
+        if steps := sorted(str(path.parent) for path in folder.glob("*/model") if _is_model(path)):
+            raise ModelError(
+                f"{folder}: is a run and no model; give the folder of one of its steps: {', '.join(steps)}"
+            )
         names = sorted(p.name for p in folder.iterdir())[:8]
         raise ModelError(
             f"{folder}: is no model: it has neither config.json nor adapter_config.json "
