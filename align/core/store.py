@@ -164,12 +164,14 @@ def _check_base(folder: Path, base: Any) -> None:
 def _check_members(folder: Path, members: list[str]) -> None:
     for member in members:
         try:
-            ModelRef.open(member, Kind.REWARD_MODEL)
+            found = ModelRef.find(member)
         except ModelError as problem:
             raise ModelError(
-                f"{folder}: is an ensemble that lacks a member: {problem}; put that model back, or "
-                "make the ensemble again (`align ensemble`)"
+                f"{folder}: is an ensemble that lacks a member: {problem}; put that model back, or make the ensemble "
+                "again (`align ensemble`)"
             ) from problem
+        if found.kind is not Kind.REWARD_MODEL and Path(found.path).is_dir():
+            raise ModelError(f"{folder}: is an ensemble, and its member {member} is a policy; make it again")
 
 
 def _check_weights(folder: Path) -> None:
