@@ -167,7 +167,7 @@ class TestTheStagesThemselves:
         assert "a model would never learn to stop" in found.stderr
 
     def test_online_dpo_tells_its_episodes_and_samples_nothing(self, folder: Path) -> None:
-        """9 prompts, of which none is set aside (a tenth is under one): 2 episodes of 4 prompts, a step each and one."""
+        """9 prompts, none set aside (a tenth is under one): 2 episodes of 4 prompts, each a step and one more."""
         save_model(folder / "model")
         given = [f"policy={folder / 'model'}", "prompts=rows.jsonl", "device=cpu", "scorer=verifier", "max_tokens=8"]
         found = doctor("online-dpo", *given, "episodes=2", "prompts_per_episode=4", "global_batch_size=4")
