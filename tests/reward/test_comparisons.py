@@ -83,7 +83,21 @@ def test_a_gold_answer_stands_in_only_where_no_completion_is_right(tmp_path: Pat
     groups, counts = read(tmp_path, rows, answers=True)
     assert [group.values for group in groups] == [[0.0, 1.0], [1.0], [0.0]]
     assert groups[0].completions[1] == [{"role": "assistant", "content": "7"}]
-    assert counts["right sides filled with the answer"] == 1
+    assert counts["prompts filled with the column answer"] == 1
+
+
+def test_a_wrong_answer_stands_in_only_where_no_completion_is_wrong(tmp_path: Path) -> None:
+    rows = [
+        row("a", "7", "passed", wrong_answer="8"),
+        row("b", "8", "failed", wrong_answer="9"),
+        row("c", "7", "passed", wrong_answer=None),
+    ]
+    counts: Counter[str] = Counter()
+    given = table(tmp_path / "rows.parquet", [*rows, row("d", "1", "passed", split="dev", wrong_answer="2")])
+    groups = list(read_groups(given, tmp_path, 0.5, False, counts, wrong_answers=True))
+    assert [group.values for group in groups] == [[1.0, 0.0], [0.0], [1.0], [1.0]]
+    assert groups[0].completions[1] == [{"role": "assistant", "content": "8"}]
+    assert counts["prompts filled with the column wrong_answer"] == 1
 
 
 def test_rewards_without_verdicts_are_graded_and_not_absolute(tmp_path: Path) -> None:
