@@ -110,7 +110,7 @@ def test_a_stage_alone_needs_no_folder_for_its_result(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["no.yaml"], "no.yaml: no such file"),
+        (["no.yaml"], "no.yaml: there is no such file"),
         (["stf", "model=tiny"], "did you mean 'sft'?"),
         (
             [HERE, "demonstrations=rows.jsonl", "report_to=[wandv]"],
