@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ from align.train.settings import Speed, TrainSettings
 # Its new name is unknown to older versions, and TRL uses the old one itself.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 DONE = "done"
 """A file that is written into a checkpoint last: a folder without it was cut off by a kill."""
 
@@ -94,6 +96,17 @@ def set_batches(arguments: Any, global_batch_size: int, rows: int, speed: Speed)
     arguments.gradient_accumulation_steps = accumulation
 
 
+def keep_freed_memory() -> None:
+    """Has the C library keep what large tensors leave, and not ask the system for it anew, zeroed, at every step.
+
+    On a CPU that is a tenth of the time of a small model's step. Elsewhere than in glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 class OurTrainer:
     """Goes before a TRL trainer among a class's bases.
 
@@ -138,6 +151,7 @@ class OurTrainer:
         self.add_callback(Marks())
         if self.args.use_cpu:
             score_labelled_only(self.model)
+            keep_freed_memory()
 
     def train_or_resume(self) -> None:
         """Trains to the end, from the newest whole checkpoint where a kill left one."""
