@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from align.core.errors import RecipeError, RunError
+from align.core.memory import memory_needed, memory_there
 from align.core.router import RouterLoss
 from align.core.segments import IGNORED, can_be_flat, model_inputs
 from align.core.stage import Tools
@@ -279,10 +280,32 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
             "batch": batch,
             "processes": processes,
             "flat": flat,
-            "tokens_at_once": 2**62 if speed.micro_batch_size else AT_ONCE[speed.device],
+            "tokens_at_once": 2**62 if speed.micro_batch_size else self.fitting(speed),
             "rows_at_once": speed.micro_batch_size or 2**62,
             "pad_id": self.processing_class.pad_token_id,
         }
+
+    def memory(self, speed: Speed, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
+        """Bytes that micro batches of so many tokens need, by part; and those that are there, the weights' among them."""
+        settings = self.settings
+        needed = memory_needed(
+            self.model.config,
+            tokens,
+            labelled,
+            lora_rank=settings.lora_rank,
+            lora_targets=settings.lora_targets,
+            quantization=settings.quantization,
+            precision=speed.precision,
+            checkpointing=speed.gradient_checkpointing,
+            device=speed.device,
+        )
+        return needed, memory_there(speed.device) + needed["weights"]
+
+    def fitting(self, speed: Speed) -> int:
+        """Tokens of a micro batch: `AT_ONCE`, or as many as there is memory for."""
+        needed, there = self.memory(speed, 1024, 1024)
+        left = 0.9 * there - (sum(needed.values()) - needed["activations"])
+        return max(1, min(AT_ONCE[speed.device], int(left / needed["activations"] * 1024)))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The micro batches of this process one after the other; gradients are exchanged with the last one's."""
