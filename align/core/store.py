@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError, ModelError
-from align.core.fingerprint import content_fingerprint
+from align.core.fingerprint import content_fingerprint, fingerprint_of
 from align.core.records import Kind, Row
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "base"
@@ -35,7 +35,8 @@ class ModelRef:
         path: a folder, or a Hub id.
         kind: MODEL or REWARD_MODEL.
         name: how people know it: the step that made it, or the id.
-        fingerprint: of its content (a local folder's bytes, an adapter's with its base's; a Hub id with its revision).
+        fingerprint: of its content (a local folder's bytes, an adapter's with its base's, an ensemble's with its
+            members'; a Hub id with its revision).
         revision: of a Hub id, where one was given (`id@revision`).
     """
 
@@ -63,7 +64,7 @@ class ModelRef:
             return replace(found, kind=kind)
         if found.kind is not kind:
             raise ModelError(f"{spec}: is a {_SPOKEN[found.kind]}, a {_SPOKEN[kind]} was expected")
-        return replace(found, fingerprint=content_fingerprint(folder, *_base_of(folder)))
+        return replace(found, fingerprint=_fingerprint(folder))
 
     @staticmethod
     def find(spec: str | Path, name: str | None = None) -> ModelRef:
@@ -96,20 +97,42 @@ class ModelRef:
 _SPOKEN = {Kind.MODEL: "policy", Kind.REWARD_MODEL: "reward model"}
 
 
+def _fingerprint(folder: Path) -> str:
+    own = content_fingerprint(folder, *_base_of(folder))
+    members = [ModelRef.open(member, Kind.REWARD_MODEL).fingerprint for member in _members_of(folder)]
+    return fingerprint_of([own, *members]) if members else own
+
+
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json")) or bool(
+        _members_of(folder)
+    )
+
+
+def _members_of(folder: Path) -> list[str]:
+    """The models that an ensemble's folder names, as `ModelRef.open` takes them; none for any other folder."""
+    file = folder / "reward_model.json"
+    if not file.is_file():
+        return []
+    members = _read_json(file).get("members") or []
+    return ["@".join(filter(None, (member["path"], member.get("revision")))) for member in members]
 
 
 def _kind_of_folder(folder: Path) -> Kind:
     """What a folder holds by its own files; see `ModelRef.open` for the errors."""
     if not _is_model(folder):
         if steps := sorted(str(path.parent) for path in folder.glob("*/model") if _is_model(path)):
-            raise ModelError(f"{folder}: is a run and no model; give the folder of one of its steps: {', '.join(steps)}")
+            raise ModelError(
+                f"{folder}: is a run and no model; give the folder of one of its steps: {', '.join(steps)}"
+            )
         names = sorted(p.name for p in folder.iterdir())[:8]
         raise ModelError(
             f"{folder}: is no model: it has neither config.json nor adapter_config.json "
             f"(it holds {', '.join(names) or 'nothing'}); give the folder that save_pretrained wrote"
         )
+    if members := _members_of(folder):
+        _check_members(folder, members)
+        return Kind.REWARD_MODEL
     adapter = (folder / "adapter_config.json").is_file()
     config = _read_json(folder / ("adapter_config.json" if adapter else "config.json"))
     _check_weights(folder)
@@ -136,6 +159,19 @@ def _check_base(folder: Path, base: Any) -> None:
             f"{folder}: is a LoRA adapter of {text or 'an unnamed model'}, which isn't there; put that model back, or "
             "name its folder or Hub id as base_model_name_or_path in adapter_config.json"
         )
+
+
+def _check_members(folder: Path, members: list[str]) -> None:
+    for member in members:
+        try:
+            found = ModelRef.find(member)
+        except ModelError as problem:
+            raise ModelError(
+                f"{folder}: is an ensemble that lacks a member: {problem}; put that model back, or make the ensemble "
+                "again (`align ensemble`)"
+            ) from problem
+        if found.kind is not Kind.REWARD_MODEL and Path(found.path).is_dir():
+            raise ModelError(f"{folder}: is an ensemble, and its member {member} is a policy; make it again")
 
 
 def _check_weights(folder: Path) -> None:
