@@ -78,7 +78,7 @@ def figures(run: Path) -> dict[str, Any]:
     """What one seed gave: strict score, correctness and habit of each model, and DPO against the best SFT by mode."""
 
     def scores(name: str) -> dict[str, Any]:
-        summary = Manifest.read(run / f"{name}_strict").summary
+        summary = done(run / f"{name}_strict").summary
         return {
             mode: {
                 "strict": summary["scores"][mode]["overall"]["score"],
@@ -104,7 +104,7 @@ def figures(run: Path) -> dict[str, Any]:
         found["dpo_against_best_sft"][mode] = {"sft": list(SFT)[best], **rounded(tested)}
         against = compare(Table.open(run / "clean_sft_strict"), dpo)[mode]
         found["dpo_against_sft_on_clean"][mode] = rounded(against)
-    found["cpu_seconds"] = round(sum(Manifest.read(m.parent).cpu_seconds for m in run.glob("*/manifest.json")))
+    found["cpu_seconds"] = round(sum(done(m.parent).cpu_seconds for m in run.glob("*/manifest.json")))
     return found
 
 
@@ -116,6 +116,14 @@ def rounded(tested: dict[str, Any]) -> dict[str, Any]:
         "z": round(tested["z"], 1),
         "p": float(f"{tested['p']:.2g}"),
     }
+
+
+def done(step: Path) -> Manifest:
+    """The manifest of a step that has run."""
+    found = Manifest.read(step)
+    if found is None:
+        raise SystemExit(f"{step}: no manifest; the step has not run to its end")
+    return found
 
 
 def main() -> None:
