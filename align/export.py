@@ -187,7 +187,8 @@ def _figures(model: Any, tokenizer: Any, ref: ModelRef) -> list[float]:
     import torch
 
     if ref.kind is Kind.REWARD_MODEL:
-        from reward.model import Card, RewardModel, template_hash
+        from reward.loading import template_hash
+        from reward.model import Card, RewardModel
 
         judge = RewardModel(model, tokenizer, Card(template=template_hash(tokenizer)), ref.name)
         return judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE])
@@ -212,5 +213,3 @@ def _copy_beside(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and not any(file.match(form) for form in _MADE_ANEW) and not (to / file.name).exists():
             shutil.copyfile(file, to / file.name)
-
-

@@ -101,9 +101,11 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.loss: float | None = None
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Reads the clock."""
         self.times.append(time.process_time())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
+        """Keeps the first loss."""
         if self.loss is None and "loss" in (logs or {}):
             self.loss = float(logs["loss"])
 

@@ -150,7 +150,8 @@ def _tell(
 
     if not right:
         raise DataError(
-            f"{table.name}: no row of split {config.split!r} with both sides, a better and a worse one, to tell apart"
+            f"{table.name}: nothing to tell apart in split {config.split!r}: a prompt needs better and worse answers "
+            f"({counts['one_sided']} prompts have answers of one worth only, {counts['unlabelled']} answers no label)"
         )
     by_subset = {name: share(*counted) for name, counted in right.items()}
     sections = sections_of(config.sections, by_subset)

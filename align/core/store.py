@@ -104,7 +104,9 @@ def _kind_of_folder(folder: Path) -> Kind:
     """What a folder holds by its own files; see `ModelRef.open` for the errors."""
     if not _is_model(folder):
         if steps := sorted(str(path.parent) for path in folder.glob("*/model") if _is_model(path)):
-            raise ModelError(f"{folder}: is a run and no model; give the folder of one of its steps: {', '.join(steps)}")
+            raise ModelError(
+                f"{folder}: is a run and no model; give the folder of one of its steps: {', '.join(steps)}"
+            )
         names = sorted(p.name for p in folder.iterdir())[:8]
         raise ModelError(
             f"{folder}: is no model: it has neither config.json nor adapter_config.json "

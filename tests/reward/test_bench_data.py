@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,14 @@ def test_hh_reads_without_the_dialogues_that_part_early(judge: Path, tmp_path: P
 
 
 def test_samples_with_verdicts_give_a_best_of_n_curve(judge: Path, tmp_path: Path) -> None:
-    """8 samples of a problem, with whether each is right; problems that are all right or all wrong tell nothing."""
-    file = DATA / "math_cot_rm8_even" / "math_cot_50.jsonl"
-    spec = f"{{path: {file}, columns: {{score: verdict}}, family: math, count: 5}}"
+    """8 samples of each problem, right or wrong. Of 50 problems 7 have both kinds; the first has none wrong."""
+    records = (DATA / "math_cot_rm8_even" / "math_cot_50.jsonl").read_text().splitlines()
+    mixed = [line for line in records if 0 < sum(json.loads(line)["score"]) < 8]
+    (tmp_path / "samples.jsonl").write_text("\n".join([records[0], *mixed]))
+    spec = f"{{path: {tmp_path / 'samples.jsonl'}, columns: {{score: verdict}}, family: math}}"
     summary, rows = measured(judge, tmp_path / "out", spec)
-    assert len(rows) == 40
-    assert {row["verdict"] for row in rows} <= {"passed", "failed"}
-    assert summary["scores"]["best-of-n"]["overall"]["n"] + summary["left_out"].get("one_sided", 0) == 5
+    assert len(rows) == 64
+    assert sum(row["verdict"] == "passed" for row in rows) == 8 + 3 + 2 + 1 + 4 + 3 + 6 + 4
+    assert summary["scores"]["best-of-n"]["overall"]["n"] == 7
+    assert summary["left_out"] == {"one_sided": 1}
     assert [point["n"] for point in summary["by_family"]["math"]["best_of_n_curve"]] == [1, 2, 4, 8]

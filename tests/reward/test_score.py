@@ -161,7 +161,7 @@ def test_labelled_completions_are_passed_where_the_favourite_is_right(judge: Len
 
 
 def test_rows_that_say_nothing_of_better_and_worse_are_refused(judge: Lengths, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no row of split 'dev'"):
+    with pytest.raises(DataError, match="nothing to tell apart in split 'dev'"):
         give(bench.STAGE, tmp_path, [pair("p", "yes", "n")], split="dev")
     with pytest.raises(DataError, match="has no column 'kind'"):
         give(bench.STAGE, tmp_path, [pair("p", "yes", "n")], by="kind")
