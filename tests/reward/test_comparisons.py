@@ -28,11 +28,9 @@ def row(name: str, text: str, verdict: str | None, **more: Any) -> dict[str, Any
     }
 
 
-def read(
-    tmp_path: Path, rows: list[dict[str, Any]], share: float = 0.5, answers: bool = False
-) -> tuple[list[Group], Counter[str]]:
+def read(tmp_path: Path, rows: list[dict[str, Any]], share: float = 0.5) -> tuple[list[Group], Counter[str]]:
     counts: Counter[str] = Counter()
-    groups = list(read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, share, answers, counts))
+    groups = list(read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, share, False, counts))
     return groups, counts
 
 
