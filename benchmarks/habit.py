@@ -1,6 +1,6 @@
 """Does DPO beat a well-tuned SFT on the same chosen completions, where only comparisons show a habit? Three new seeds.
 
-    python benchmarks/habit.py --seeds 21 22 23 --out runs/habit --save benchmarks/results/habit.json
+    python benchmarks/habit.py --seeds 31 32 33 --out runs/habit --save benchmarks/results/habit.json
 
 Runs recipes/habit.yaml once a seed, with larger counts (600 demonstrations, 250 prompts of two samples, 750 held-out
 instructions) and SFT on the chosen with each of `SFT`; the best of them by its own test score, the choice that is
@@ -128,7 +128,7 @@ def done(step: Path) -> Manifest:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32, 33])
     parser.add_argument("--out", type=Path, default=Path("runs/habit"))
     parser.add_argument("--save", type=Path, default=None, help="JSON file for the figures")
     options = parser.parse_args()
