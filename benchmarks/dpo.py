@@ -3,9 +3,9 @@
     python benchmarks/dpo.py [--out FILE.json] [--repeats 3] [--cells 8192x128 8192x512 768x128 32000x128 32000x512]
 
 In one process a cell: the same pairs of token ids in the same batches, the same start, reference, optimizer and seed,
-in fp32 on one thread, in turn (A B C D A B C D ...). The model has the shape of the tiny world's (hidden 128, 4 layers),
-its vocabulary is the cell's; prompts have the cell's length on average (3/4 to 5/4 of it), completions 16 to 96 tokens.
-The reference is another model, so that no log-ratio is 0. Batches are of pairs of like length for all.
+in fp32 on one thread, in turn (A B C D A B C D ...). The model has the shape of the tiny world's (hidden 128, 4
+layers), its vocabulary is the cell's; prompts have the cell's length on average (3/4 to 5/4 of it), completions 16 to
+96 tokens. The reference is another model, so that no log-ratio is 0. Batches are of pairs of like length for all.
 
 ours          the trainer of the stage `dpo`: flat, a prompt once for both completions, log-probabilities of the
               reference computed once with the same code, and counted
@@ -33,7 +33,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {
+    "TQDM_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
 import numpy as np
 from machine import machine

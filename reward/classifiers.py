@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from align.core.chat import IGNORED
 from align.core.errors import DataError, ModelError
 from align.core.records import Messages
-from reward.batches import Encoded, collate
+from reward.batches import Encoded
 
 BATCH_TOKENS = 8192
 """Padded tokens of a batch of an encoder."""
@@ -102,10 +102,17 @@ def keep_output(model: Any, output: int) -> None:
 
 def _batch(model: Any, encoded: list[Encoded], output: int) -> list[float]:
     config = model.config.get_text_config()
-    batch = {name: tensor.to(model.device) for name, tensor in collate(encoded, config.pad_token_id or 0).items()}
-    labels: Tensor = batch.pop("labels")
+    longest = max(len(ids) for ids, _ in encoded)
+    ids = torch.full((len(encoded), longest), config.pad_token_id or 0)
+    mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (own, labels) in enumerate(encoded):
+        ids[row, : len(own)] = torch.tensor(own)
+        mask[row, : len(own)] = 1
+        kinds[row, : len(own)] = torch.tensor([int(label != IGNORED) for label in labels])
+    batch = {"input_ids": ids, "attention_mask": mask}
     if getattr(config, "type_vocab_size", 0) > 1:
-        batch["token_type_ids"] = (labels != IGNORED).long()
+        batch["token_type_ids"] = kinds
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     found: list[float] = model(**batch).logits[:, output].float().tolist()
     return found
 

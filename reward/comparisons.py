@@ -67,7 +67,7 @@ class Group:
 
 def read_groups(
     table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str], *,
-    wrong_answers: bool = False, use_margins: bool = False,
+    wrong_answers: bool = False, use_margins: bool = False, filled: Counter[str] | None = None,
 ) -> Iterator[Group]:  # fmt: skip
     """Groups of every prompt in the splits `train` and `dev`.
 
@@ -82,9 +82,11 @@ def read_groups(
         wrong_answers: whether the column `wrong_answer` is a wrong completion for a prompt that has none.
         use_margins: whether a preference's chosen completion is worth its `margin`; else, and where none is known, it
             is worth 1. The rejected one is worth 0.
+        filled: gets how many prompts were filled from which of the two columns.
     """
-    fill = {"answer": 1.0} if answers else {}
-    fill |= {"wrong_answer": 0.0} if wrong_answers else {}
+    columns = {"answer": 1.0} if answers else {}
+    columns |= {"wrong_answer": 0.0} if wrong_answers else {}
+    filled = Counter() if filled is None else filled
     has_dev = any(row["split"] == "dev" for row in table.rows(["split"]))
     comparisons = "chosen" in table.columns
     for rows in by_prompt(table, work):
@@ -104,11 +106,13 @@ def read_groups(
                 yield Group(
                     row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1], first.get("tools")
                 )
-        elif group := _group(rows, held_out, fill, counts):
+        elif group := _group(rows, held_out, counts, columns, filled):
             yield group
 
 
-def _group(rows: list[Row], held_out: bool, fill: Mapping[str, float], counts: Counter[str]) -> Group | None:
+def _group(
+    rows: list[Row], held_out: bool, counts: Counter[str], columns: Mapping[str, float], filled: Counter[str]
+) -> Group | None:
     # of a ranking only the best passes, and the others are not wrong for that: its rewards say more
     absolute = "rank" not in rows[0] and all(row["verdict"] is not None for row in rows)
     family = str(rows[0].get("family") or rows[0].get("task") or "all")
@@ -131,11 +135,11 @@ def _group(rows: list[Row], held_out: bool, fill: Mapping[str, float], counts: C
             places[text] = len(group.values)
             _add(group, row["completion"], value)
     if absolute and not held_out:
-        for column, value in fill.items():
+        for column, value in columns.items():
             if value not in group.values and rows[0][column]:
                 answer = rows[0][column]
                 _add(group, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, value)
-                counts[f"prompts filled with the column {column}"] += 1
+                filled[column] += 1
     return group if group.values else None
 
 

@@ -61,7 +61,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     members = tuple(Member(_lasting(ref.path), ref.name, ref.revision, config.output) for ref in refs)
     if len(members) == 1 and config.output is None:
         raise RecipeError(
-            "in.reward_model: one model alone is no ensemble; give a list of models (or `output`, of one that has several)"
+            "in.reward_model: one model alone is no ensemble; give a list (or `output`, for one with several)"
         )
     ensemble = load_ensemble(EnsembleCard(members, config.combine, config.k), "ensemble", device_of(tools.speed))
     summary: dict[str, Any] = {"members": [member.name for member in members], "combine": config.combine}

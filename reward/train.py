@@ -107,9 +107,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
     counts: Counter[str] = Counter()
+    filled: Counter[str] = Counter()
     groups = read_groups(
         completions, tools.work, config.held_out_share, config.answers, counts,
-        wrong_answers=config.wrong_answers, use_margins=config.use_margins,
+        wrong_answers=config.wrong_answers, use_margins=config.use_margins, filled=filled,
     )  # fmt: skip
     folder = tools.work / f"groups-{accelerator.process_index}"
     train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
@@ -140,6 +141,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         "completions": sum(len(values) for values in train["values"]),
         "held_out_prompts": len(held_out),
         "left_out": dict(counts),
+        "filled": dict(filled),
         "start": start.figures(),
         "steps": len(batches),
         "evaluations": history,

@@ -97,7 +97,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     )
     dpo.starts_at_reference = same
     held = bool(probes) and not (same and config.lora_rank)  # with adapters the policy holds its reference in itself
-    start = start_of(config, dpo, f"DPO of {policy.name} on {table.name}", pairs, lengths, counts, held)
+    start = start_of(config, dpo, f"DPO of {policy.name} on {table.name}", pairs, lengths, counts, speed, held)
     tell(start, tools)
     if tools.rehearse:
         return Result(summary={"start": start.figures()})

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from align.core.cost import shape_of, training_flops, training_seconds
-from align.core.memory import memory_needed, memory_there
+from align.core.memory import memory_of
 from align.core.start import Batch, Start, pair
 from align.train.preference import DPO
-from align.train.settings import DPOSettings
+from align.train.settings import DPOSettings, Speed
 from align.train.trainer import learning_rates
 
 
@@ -36,6 +36,7 @@ def start_of(
     pairs: Any,
     lengths: npt.NDArray[np.int64],
     counts: Mapping[str, int],
+    speed: Speed,
     held: bool,
 ) -> Start:
     """What the training is, told before its first step.
@@ -45,7 +46,7 @@ def start_of(
         counts: of pairs, kept and left out.
         held: whether a reference model is in memory beside the policy.
     """
-    arguments, device = dpo.args, dpo.args.device.type
+    arguments = dpo.args
     micro, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     rows = micro * accumulated * arguments.world_size
     steps = max(1, math.ceil(len(pairs) * config.epochs / rows))
@@ -88,19 +89,9 @@ def start_of(
         loss=f"{' + '.join(terms)} (beta {config.beta:g}){nll}",
         parameters=shape.parameters,
         trained=shape.trained,
-        place=f"{device}, {dpo.precision}",
-        memory=memory_needed(
-            dpo.accelerator.unwrap_model(dpo.model).config,
-            int(np.sort(read)[-micro:].sum()),
-            int(np.sort(learned)[-micro:].sum()),
-            lora_rank=config.lora_rank,
-            lora_targets=config.lora_targets,
-            quantization=config.quantization,
-            precision=dpo.precision,
-            checkpointing=arguments.gradient_checkpointing,
-            reference=held,
-            device=device,
+        place=f"{speed.device}, {speed.precision}",
+        **memory_of(
+            dpo.model, config, speed, int(np.sort(read)[-micro:].sum()), int(np.sort(learned)[-micro:].sum()), held
         ),
-        memory_there=memory_there(device),
-        seconds=training_seconds(flops, shape, device, dpo.precision),
+        seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )

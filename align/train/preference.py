@@ -256,11 +256,11 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         """Before the first step policy and reference are one model, so all log-ratios must be 0 up to rounding."""
         apart = ((logps - reference).abs() / tokens).max().item()
         if not apart <= SAME[self.precision]:
+            kept = (self.tools.cache or self.tools.work) / "reference"
             raise RunError(
                 f"before the first step the policy's log-probabilities differ from the reference's by {apart:.2g} nats "
                 "a token, though they are one model; the reference was computed otherwise than the policy is, so the "
-                f"run stops; remove {self.tools.work} and {(self.tools.cache or self.tools.work) / 'reference'} and run "
-                "it again, in fp32 if this comes back"
+                f"run stops; remove {self.tools.work} and {kept}, and run it again, in fp32 if this comes back"
             )
 
     def chosen_change(self) -> float:

@@ -56,7 +56,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     sft = trainer.SFT(
         config,
         tools,
-        model=models.load_policy(base, speed, config, int(lengths.max())),
+        model=models.load_policy(base, speed, config, int(lengths.max()) // 2),
         args=arguments,
         processing_class=tokenizer,
         train_dataset=rows,
@@ -122,7 +122,6 @@ def tokenized(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str
 def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, counts: Mapping[str, int]) -> Any:
     """What is told before the first step."""
     from align.core.cost import shape_of, training_flops, training_seconds
-    from align.core.memory import memory_of
     from align.core.start import Batch, Start, supervised
     from align.train.trainer import learning_rates
 
@@ -135,8 +134,8 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
     )  # fmt: skip
     count = len(steps) // steps.processes
     first = steps[0]["parts"]
-    at_once = max(part["input_ids"].numel() for part in first)
-    scored = max(int((part["shift_labels"] >= 0).sum()) for part in first)
+    largest = max(first, key=lambda part: part["input_ids"].numel())
+    memory, there = sft.memory(speed, largest["input_ids"].numel(), int((largest["weights"] > 0).sum()))
     return Start(
         title=title,
         examples=[
@@ -167,7 +166,8 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{speed.device}, {speed.precision}",
-        **memory_of(sft.model, config, speed, at_once, scored),
+        memory=memory,
+        memory_there=there,
         seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )
 

@@ -141,6 +141,21 @@ def test_a_global_batch_has_one_gradient_however_it_is_split(
         assert_same_gradient(of_rank, whole)
 
 
+def test_two_processes_make_the_weights_of_one(tmp_path: Path) -> None:
+    """Two steps, shared by two gloo ranks; one of them writes the model and each line of the curves once."""
+    settings = {"epochs": 0.7, "evaluations": 1}
+    train(tmp_path / "one", settings)
+    save_model(tmp_path / "two" / "policy")
+    table(tmp_path / "two" / "rows.parquet", completions())
+    in_ranks(lambda: train(tmp_path / "two", settings), tmp_path / "said")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert [line["step"] for line in curves(tmp_path / "two")] == [0, 1, 2, 2]
+    for ours, theirs in zip(curves(tmp_path / "one"), curves(tmp_path / "two"), strict=True):
+        for figure in ("loss", "accuracy", "reward_better"):
+            assert theirs.get(figure, 0.0) == pytest.approx(ours.get(figure, 0.0), abs=1e-4)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     """With LoRA too, where a frozen base would else cut the gradient off."""
     found = []

@@ -27,6 +27,9 @@ OVERRIDDEN = [
     (OurTrainer, transformers.Trainer, "create_scheduler", ["self", "num_training_steps", "optimizer"]),
     (OurTrainer, _BaseTrainer, "_send_telemetry", ["self"]),
     (OurTrainer, transformers.Trainer, "create_model_card", None),
+    (SFT, transformers.Trainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+    (SFT, trl.SFTTrainer, "compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+    (SFT, transformers.Trainer, "floating_point_ops", ["self", "inputs"]),
     (DPO, trl.DPOTrainer, "_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
     (DPO, trl.DPOTrainer, "_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
     (DPO, trl.DPOTrainer, "_compute_loss", ["self", "model", "inputs", "return_outputs"]),
@@ -66,6 +69,19 @@ def test_the_trainers_score_by_the_fused_head_that_we_replace_on_a_cpu() -> None
     call = "fused_lm_head=True"
     assert call in source(trl.SFTTrainer.compute_loss)
     assert "model.forward = types.MethodType" in source(utils.add_fused_lm_head)
+
+
+def test_the_loss_of_sft_is_not_divided_by_accumulation_steps() -> None:
+    text = source(transformers.Trainer.training_step)
+    assert "loss_is_scaled_for_ga = self.loss_is_scaled_for_ga" in text
+    assert "if not loss_is_scaled_for_ga:" in text
+    assert SFT.loss_is_scaled_for_ga is True
+
+
+def test_gradients_are_exchanged_when_accelerate_is_told_so() -> None:
+    assert "self.accelerator.gradient_state._set_sync_gradients(do_sync_step)" in source(
+        transformers.Trainer._run_epoch
+    )
 
 
 def test_dpo_s_step_asks_for_the_loss_that_we_put_in_its_place() -> None:
