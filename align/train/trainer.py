@@ -286,7 +286,7 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
         }
 
     def memory(self, speed: Speed, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
-        """Bytes that micro batches of so many tokens need, by part; and those that are there, the weights' among them."""
+        """Bytes that micro batches of so many tokens need, by part; and those that are there, the model's included."""
         settings = self.settings
         needed = memory_needed(
             self.model.config,
