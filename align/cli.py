@@ -209,6 +209,31 @@ def trace(folder: RunFolder, row_id: Annotated[str, typer.Argument(metavar="ROW_
         print(render_trace(trace_row(folder, row_id)))
 
 
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, RUN/STEP, or Hub id", show_default=False)],
+    arguments: Arguments = None,
+) -> None:
+    """Talk to a model: system=…, temperature=…, top_p=…, max_tokens=…, seed=…, device=…, dtype=…."""
+    with _told():
+        from align.chat import chat as talk
+
+        talk(model, arguments or [])
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a folder, RUN/STEP, or Hub id", show_default=False)],
+    arguments: Arguments = None,
+) -> None:
+    """Write a model whole, LoRA merged, checked: out=FOLDER, dtype=…, push=user/name, private=true."""
+    with _told():
+        from align.export import export as export_model
+
+        for line in export_model(model, arguments or []):
+            print(line)
+
+
 @app.command("make-tiny")
 def make_tiny(arguments: Arguments = None) -> None:
     """Make the embedded world's tokenizer and base model again, from nothing: out=FOLDER, steps=…, seed=…."""

@@ -13,6 +13,7 @@ from align.core.errors import DataError
 from align.core.manifest import Origin
 from align.core.records import Kind
 from align.core.sources import open_source
+from align.core.stage import numbered
 from align.core.store import ModelRef, Table
 from align.fingerprints import step_seed
 from align.outside import open_model
@@ -139,7 +140,8 @@ def open_inputs(recipe: Recipe, step: Step, cache: Path) -> dict[str, Table | Mo
     for name, sources in step.inputs.items():
         need = step.stage.needs[name]
         if wants_model(need):
-            opened[name] = _model(recipe, sources[0], need.kind)
+            for number, source in enumerate(sources, start=1):
+                opened[numbered(name, number)] = _model(recipe, source, need.kind)
             continue
         label = " + ".join(_label(source) for source in sources)
         if all(source.step and source.spec is None for source in sources):
@@ -174,6 +176,7 @@ def origins(recipe: Recipe, step: Step, inputs: Mapping[str, Table | ModelRef]) 
     for name, sources in step.inputs.items():
         opened = inputs[name]
         for number, source in enumerate(sources):
+            opened = inputs.get(numbered(name, number + 1), opened)  # several models, each by itself
             outside = opened.path if isinstance(opened, ModelRef) else _path(source)
             found[name if len(sources) == 1 else f"{name}[{number}]"] = Origin(
                 name=_label(source), path=source.step or str(outside), fingerprint=opened.fingerprint, step=source.step

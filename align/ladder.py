@@ -12,6 +12,14 @@ from rich.table import Table
 from align.core.manifest import Manifest
 from align.progress import duration
 
+MODES = {
+    "greedy": "Verified score in %, greedy",
+    "sampled": "Verified score in %, sampled",
+    "pairs": "Chosen scored above rejected in %",
+    "best-of-n": "Favourite of a prompt's completions right in %",
+}
+"""What a score is a share of, by the mode that its stage names."""
+
 
 def print_steps(manifests: Sequence[Manifest], console: Console) -> None:
     """A row for each step: stage, rows, wall and CPU seconds."""
@@ -27,19 +35,20 @@ def print_steps(manifests: Sequence[Manifest], console: Console) -> None:
 
 
 def print_ladder(manifests: Sequence[Manifest], console: Console) -> None:
-    """The score of every evaluation with its 95% interval, greedy and sampled, whole and by family."""
-    for mode in ("greedy", "sampled"):
+    """The score of every evaluation with its 95% interval, by what was asked, whole and by family."""
+    for mode, what in MODES.items():
         scored = [(done, done.summary["scores"][mode]) for done in manifests if mode in done.summary.get("scores", {})]
         if not scored:
             continue
         families = list(dict.fromkeys(family for _, scores in scored for family in scores.get("by_family", {})))
-        title = f"Verified score in %, {mode}, with its 95% interval"
+        title = f"{what}, with its 95% interval"
         table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
         table.add_column("step, its model", no_wrap=True)
         for heading in ("score", *families, "items", "time"):
             table.add_column(heading, justify="right", no_wrap=True)
         for done, scores in scored:
-            models = ", ".join(origin.name for origin in done.engines.values())
+            judges = [origin.name for name, origin in done.inputs.items() if name == "reward_model"]
+            models = ", ".join([origin.name for origin in done.engines.values()] or judges)
             cells = [_score(scores.get("by_family", {}).get(family)) for family in families]
             overall = scores["overall"]
             name = f"{done.step}\n[dim]{models}[/dim]"

@@ -22,7 +22,7 @@ from align.yamlfile import Problems
 
 
 def check_outside(step: Step, problems: Problems) -> None:
-    """Notes models of the wrong kind, data that can't be read as what is needed, files and packages that are missing."""
+    """Notes models of the wrong kind, data that can't be read as is needed, missing files and trackers' packages."""
     for name, sources in step.inputs.items():
         need = step.stage.needs[name]
         for source in sources:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.core.card import Card, model_card_text
+from align.core.card import Card
 from align.core.errors import AlignError, RunError
 from align.core.manifest import Manifest, versions
+from align.core.model_card import write_model_card
 from align.core.stage import Result, Tools
 from align.core.store import ModelRef, Table
 from align.core.writer import DatasetWriter, disk_errors, replace_file
@@ -131,8 +132,7 @@ def _run_step(recipe: Recipe, planned: Planned, rank: int) -> Manifest:
         if rank == 0 and not step.stage.gives.is_dataset:
             ModelRef.open(folder / "model", step.stage.gives, name=step.name)
             card = _card(recipe, step, inputs, result)
-            text = model_card_text(card, step.stage.gives, result.summary, versions())
-            replace_file(folder / "model" / "README.md", text)
+            write_model_card(folder, card, step.stage.gives, origins(recipe, step, inputs), versions())
             sync(folder / "model")
     except AlignError as problem:
         raise type(problem)(f"{step.name}: {problem}") from problem

@@ -93,8 +93,8 @@ class Reader:
             if value is None:
                 if not need.optional:
                     self.problems.add((*at, name), f"missing: {need.help}")
-            elif isinstance(value, list) and (model or not value):
-                self.problems.add((*at, name), "one model was expected, found a list" if model else "the list is empty")
+            elif isinstance(value, list) and ((model and not need.several) or not value):
+                self.problems.add((*at, name), "one model was expected, found a list" if value else "the list is empty")
             elif isinstance(value, list):
                 sources = [self._source(item, (*at, name, number), model) for number, item in enumerate(value)]
                 inputs[name] = tuple(source for source in sources if source)

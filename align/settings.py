@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from align.core.errors import RecipeError
 from align.core.stage import Need, Stage, StageConfig
 from align.core.trackers import TrackerName
 from align.stages import nearest
-from align.yamlfile import Key, Problems
+from align.yamlfile import Key, Problems, split_argument
 
 Config = TypeVar("Config", bound=BaseModel)
 Scalar = TypeVar("Scalar", bound=str | int)
@@ -79,6 +80,25 @@ def checked(of: type[Config], raw: Mapping[str, Any], at: Key, problems: Problem
             where = tuple(part for part in error["loc"] if isinstance(part, int) or part.isidentifier())
             problems.add((*at, *where), _told(of, error, where))
         return of.model_construct()
+
+
+def from_arguments(of: type[Config], command: str, arguments: Sequence[str]) -> Config:
+    """Settings of a command that is no stage, from its `key=value` arguments.
+
+    Raises:
+        RecipeError: with every problem that was found.
+    """
+    problems, raw = Problems(command), dict[str, Any]()
+    for argument in arguments:
+        try:
+            keys, value = split_argument(argument)
+        except RecipeError as problem:
+            problems.add((), str(problem))
+        else:
+            raw[".".join(keys)] = value
+    settings = checked(of, raw, (), problems)
+    problems.stop()
+    return settings
 
 
 def _told(of: type[BaseModel], error: Any, where: Key) -> str:

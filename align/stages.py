@@ -88,6 +88,15 @@ TABLE: dict[str, tuple[str, str]] = {
     "pair": ("data_synthesis.pair:STAGE", "preferences for DPO and the reward model from scored completions"),
     "sft": ("align.train.sft:STAGE", "fine-tune a model on demonstrations"),
     "reward": ("reward.train:STAGE", "trains a reward model on scored completions, and finds where it may be believed"),
+    "ensemble": (
+        "reward.ensemble:STAGE",
+        "several reward models as one: their mean, the mean less their disagreement, or the lowest",
+    ),
+    "score": ("reward.score:STAGE", "rewards of any completions or preferences by a reward model"),
+    "reward-bench": (
+        "reward.bench:STAGE",
+        "how often a reward model prefers what people or programs prefer, by subset, with 95% intervals",
+    ),
     "dpo": ("align.train.dpo:STAGE", "prefer the chosen to the rejected (DPO on a fixed set of pairs)"),
     "online-dpo": ("align.train.online_dpo:STAGE", "sample, score, pair and train in episodes (online DPO)"),
     "evaluate": (

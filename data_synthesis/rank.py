@@ -124,11 +124,11 @@ def _rankers(config: RankConfig, inputs: Mapping[str, Table | ModelRef], table: 
             found.append(JudgeRanker(engine, name, config, config.judging == "pairs", seed, config.max_error_share))
     if "reward_model" in wanted_kinds:
         from align.train.settings import Speed
-        from reward.model import load_reward_model  # torch is loaded for this alone
+        from reward.members import load_judge  # torch is loaded for this alone
 
         ref = inputs["reward_model"]
         assert isinstance(ref, ModelRef)
-        found.append(RewardRanker(load_reward_model(ref, Speed.of(tools.speed).device), ref.name))
+        found.append(RewardRanker(load_judge(ref, Speed.of(tools.speed).device), ref.name))
     if "people" in wanted_kinds:
         found.append(People(config.annotations, table))
     return found

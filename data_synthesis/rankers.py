@@ -181,7 +181,7 @@ class JudgeRanker:
 
 
 class RewardRanker:
-    """A reward model (`reward.model.RewardModel`) that scores each completion."""
+    """A reward model or an ensemble (`reward.members.Judge`) that scores each completion."""
 
     kind = "reward_model"
 

@@ -1,21 +1,22 @@
 """Rewards of many completions in few passes of a model, with or without gradient.
 
-Two layouts give the same numbers. *Padded* is what every model reads: one completion a row, padded on the right, where
-a causal model never looks. *Shared* puts the completions of one prompt behind it into one row, each seeing the prompt
-and itself alone, so that the prompt is computed once: half the work for short completions (six samples a prompt of the
-tiny model), and on a CPU work is time. It is used there, for models known to read such a mask.
+The completions of a prompt are branches behind it (`align.core.segments`): the prompt is computed once, nothing is
+padded, and training, scoring and every device share this code. A model that can't read such rows is given padded ones,
+each completion behind its own prompt; the rewards are the same (tests/reward/test_batches.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from align.core.chat import IGNORED
+from align.core.segments import Branch, Tree, by_branch, can_be_flat, collate, model_inputs
 from reward.loading import Head
 
 Encoded = tuple[list[int], list[int]]
@@ -23,129 +24,120 @@ Encoded = tuple[list[int], list[int]]
 
 BATCH_TOKENS = 16_384
 LOGITS_AT_ONCE = 2**27
-"""Bounds of a batch when scoring: padded tokens, and (log-prob head) logits, half a gigabyte of float32."""
+"""Bounds of a batch when scoring: tokens, and (log-prob head) logits, half a gigabyte of float32."""
 
-LONGEST_SHARED = 1024
-"""Tokens of a row beyond which its mask and its attention cost more than the prompt that they save."""
+_tried: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
-SHARES = ("llama", "mistral", "qwen2", "qwen3")
+
+class Rewards(torch.nn.Module):
+    """A model under its head: from a batch of `reward_batch` to rewards. A module, so that processes can share it."""
+
+    def __init__(self, model: Any, head: Head, coef: float) -> None:
+        super().__init__()
+        self.model, self.head, self.coef = model, head, coef
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Rewards, (B,), float32, in the order of the branches; logits only where a token is predicted."""
+        device = next(self.model.parameters()).device
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        given = model_inputs(batch)
+        targets, branch = given.pop("shift_labels"), batch["branch"]
+        count = int(branch.max()) + 1
+        if self.head == "logprob":
+            wanted = targets != IGNORED
+            columns = wanted.any(dim=0).nonzero()[:, 0]
+            logits = self.model(**given, use_cache=False, logits_to_keep=columns).logits[wanted[:, columns]]
+            logps = -F.cross_entropy(logits.float(), targets[wanted], reduction="none")
+            return self.coef * by_branch(logps, branch[wanted], count)
+        if "segments" not in batch:
+            scores: Tensor = self.model(**given, use_cache=False).logits
+            return scores[:, 0].float()
+        bare = _bare(self.model)
+        ends = (branch >= 0) & (branch != F.pad(branch[:, 1:], (0, 1), value=-1))
+        hidden = bare.base_model(**given, use_cache=False).last_hidden_state[ends]
+        return bare.score(hidden)[:, 0].float()  # type: ignore[no-any-return]
 
 
 def batch_rewards(model: Any, head: Head, coef: float, encoded: Sequence[Encoded]) -> Tensor:
-    """Rewards of encoded completions, (B,), float32; logits only where a completion is predicted."""
-    rows = _rows_by_prompt(encoded) if _can_share(model) else []
-    if rows and max(_shared_length(encoded, row) for row in rows) <= LONGEST_SHARED and len(rows) < len(encoded):
-        return _shared_rewards(model, head, coef, encoded, rows)
-    return _padded_rewards(model, head, coef, encoded)
+    """Rewards of encoded completions, (B,), float32, in their order."""
+    batch, order = reward_batch(model, head, encoded)
+    return in_order(Rewards(model, head, coef)(batch), order)
+
+
+def reward_batch(
+    model: Any, head: Head, encoded: Sequence[Encoded], prompts: Sequence[Sequence[int]] | None = None
+) -> tuple[dict[str, Any], list[int]]:
+    """What `Rewards` takes, and the places in `encoded` of its branches.
+
+    A scalar head is read at a completion's last token, so a token that nobody reads stands behind it: rows end before
+    the last one.
+
+    Args:
+        model: decides whether rows are flat.
+        head: see above.
+        encoded: completions with their prompts.
+        prompts: the places of each prompt's completions; by default those whose prompts are equal are together.
+    """
+    prompts = prompts or _places_by_prompt(encoded)
+    trees = []
+    for places in prompts:
+        start = _start(encoded[places[0]])
+        branches = []
+        for place in places:
+            ids, labels = encoded[place][0][start:], encoded[place][1][start:]
+            branches.append(Branch([*ids, ids[-1]], [*labels, IGNORED]) if head == "scalar" else Branch(ids, labels))
+        trees.append(Tree(encoded[places[0]][0][:start], branches))
+    pad_id = _bare(model).config.get_text_config().pad_token_id
+    return collate(trees, reads_flat(model), pad_id or 0), [place for places in prompts for place in places]
+
+
+def in_order(rewards: Tensor, order: Sequence[int]) -> Tensor:
+    """Rewards of branches, (B,), put at the places that `reward_batch` gave."""
+    return torch.zeros_like(rewards).index_copy(0, torch.tensor(order, device=rewards.device), rewards)
 
 
 def batches_to_score(model: Any, head: Head, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
     """Places of the completions of each batch: like lengths together, and a prompt's completions."""
-    budget = BATCH_TOKENS
-    if head == "logprob":
-        budget = min(budget, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    rows = _rows_by_prompt(encoded) if _can_share(model) else [[place] for place in range(len(encoded))]
-    batch: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: _shared_length(encoded, row)):
-        if batch and (len(batch) + 1) * _shared_length(encoded, row) > budget:
-            yield [place for one in batch for place in one]
-            batch = []
-        batch.append(row)
+    flat = reads_flat(model)
+    logits = LOGITS_AT_ONCE // _bare(model).config.get_text_config().vocab_size
+    prompts = _places_by_prompt(encoded) if flat else [[place] for place in range(len(encoded))]
+    sizes = [_size(encoded, places) for places in prompts]
+    batch: list[int] = []
+    tokens = predicted = 0
+    for number in sorted(range(len(prompts)), key=lambda n: sizes[n]):
+        more, new = sizes[number]
+        tokens, predicted = tokens + more, predicted + new
+        if not flat:  # every row is as long as the longest, which comes last
+            tokens = predicted = (len(batch) + 1) * more
+        if batch and (tokens > BATCH_TOKENS or (head == "logprob" and predicted > logits)):
+            yield batch
+            batch, tokens, predicted = [], more, new
+        batch = batch + prompts[number]
     if batch:
-        yield [place for one in batch for place in one]
+        yield batch
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, (B, T), padded on the right."""
-    longest = max(len(ids) for ids, _ in encoded)
-    rows = [(ids, labels, longest - len(ids)) for ids, labels in encoded]
-    return {
-        "input_ids": torch.tensor([ids + [pad_id] * pad for ids, _, pad in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * pad for ids, _, pad in rows]),
-        "labels": torch.tensor([labels + [IGNORED] * pad for _, labels, pad in rows]),
-    }
+def reads_flat(model: Any) -> bool:
+    """Whether a model reads flat rows; tried once."""
+    bare = _bare(model)
+    if bare not in _tried:
+        whole = next(bare.parameters()).dtype == torch.float32
+        _tried[bare] = can_be_flat(bare, "fp32" if whole else "bf16")
+    return _tried[bare]
 
 
-def _padded_rewards(model: Any, head: Head, coef: float, encoded: Sequence[Encoded]) -> Tensor:
-    device = next(model.parameters()).device
-    pad_id = getattr(model, "module", model).config.pad_token_id  # a distributed model wraps its own
-    batch = {name: tensor.to(device) for name, tensor in collate(encoded, pad_id or 0).items()}
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    if head == "scalar":
-        scores: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return scores[:, 0].float()
-    first = int((labels != IGNORED).any(dim=0).int().argmax())  # a label, so at least 1: a prompt is never empty
-    keep = torch.arange(first - 1, ids.shape[1] - 1, device=device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-    targets = labels[:, first:]
-    scored = targets != IGNORED
-    return coef * _summed_logps(logits[scored], targets[scored], scored.nonzero()[:, 0], len(encoded))
+def _bare(model: Any) -> Any:
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _shared_rewards(
-    model: Any, head: Head, coef: float, encoded: Sequence[Encoded], rows: Sequence[Sequence[int]]
-) -> Tensor:
-    """A prompt and all its completions in one row; `rows` holds places in `encoded`."""
-    longest = max(_shared_length(encoded, row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    positions = torch.zeros(len(rows), longest, dtype=torch.long)
-    part = torch.full((len(rows), longest), -1)  # 0: the prompt; 1, 2, ...: a completion; -1: padding
-    predicted: list[tuple[int, int, int, int]] = []  # row, where it is predicted, the token, its completion
-    ends: list[tuple[int, int, int]] = []  # row, last token, its completion
-    for number, row in enumerate(rows):
-        start = _start(encoded[row[0]])
-        ids[number, :start] = torch.tensor(encoded[row[0]][0][:start])
-        positions[number, :start] = torch.arange(start)
-        part[number, :start] = 0
-        at = start
-        for which, place in enumerate(row):
-            own, labels = encoded[place][0][start:], encoded[place][1][start:]
-            ids[number, at : at + len(own)] = torch.tensor(own)
-            positions[number, at : at + len(own)] = torch.arange(start, start + len(own))
-            part[number, at : at + len(own)] = which + 1
-            before = [start - 1, *range(at, at + len(own) - 1)]
-            predicted += [(number, b, t, place) for b, t in zip(before, labels, strict=True) if t != IGNORED]
-            at += len(own)
-            ends.append((number, at - 1, place))
-    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-    sees &= torch.ones(longest, longest, dtype=torch.bool).tril()
-    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[:, None]
-    kwargs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-    if head == "scalar":
-        row_of, end, place_of = torch.tensor(ends).T
-        hidden = getattr(model, model.base_model_prefix)(**kwargs).last_hidden_state[row_of, end]
-        return torch.zeros(len(encoded)).index_add(0, place_of, model.score(hidden)[:, 0])
-    row_of, before_of, target, place_of = torch.tensor(predicted).T
-    first = int(before_of.min())
-    logits = model(**kwargs, logits_to_keep=torch.arange(first, longest)).logits
-    return coef * _summed_logps(logits[row_of, before_of - first], target, place_of, len(encoded))
-
-
-def _summed_logps(logits: Tensor, targets: Tensor, completion: Tensor, count: int) -> Tensor:
-    """Log-probabilities of target tokens, (N,) given logits (N, V), summed by completion, (count,)."""
-    logps = -F.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.zeros(count, device=logits.device).index_add(0, completion, logps)
-
-
-def _can_share(model: Any) -> bool:
-    """Whether the shared layout may be used: on a CPU, for plain models that take a mask and positions as they are."""
-    from transformers import PreTrainedModel
-
-    return (
-        isinstance(model, PreTrainedModel)
-        and model.device.type == "cpu"
-        and model.config.model_type in SHARES
-        and getattr(model.config, "sliding_window", None) is None
-        and model.config._attn_implementation in ("sdpa", "eager")
-    )
-
-
-def _rows_by_prompt(encoded: Sequence[Encoded]) -> list[list[int]]:
+def _places_by_prompt(encoded: Sequence[Encoded]) -> list[list[int]]:
     """Places of the completions that have the same ids before their first label."""
-    rows: dict[tuple[int, ...], list[int]] = {}
+    prompts: dict[tuple[int, ...], list[int]] = {}
     for place, one in enumerate(encoded):
-        rows.setdefault(tuple(one[0][: _start(one)]), []).append(place)
-    return list(rows.values())
+        prompts.setdefault(tuple(one[0][: _start(one)]), []).append(place)
+    return list(prompts.values())
 
 
 def _start(one: Encoded) -> int:
@@ -153,6 +145,8 @@ def _start(one: Encoded) -> int:
     return next((at for at, label in enumerate(one[1]) if label != IGNORED), len(one[0]) - 1)
 
 
-def _shared_length(encoded: Sequence[Encoded], row: Sequence[int]) -> int:
-    start = _start(encoded[row[0]])
-    return start + sum(len(encoded[place][0]) - start for place in row)
+def _size(encoded: Sequence[Encoded], places: Sequence[int]) -> tuple[int, int]:
+    """Tokens of a prompt and its completions, and how many are predicted."""
+    start = _start(encoded[places[0]])
+    own = [len(encoded[place][0]) - start for place in places]
+    return start + sum(own), sum(own)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from align.core.stage import Tools
+from align.core.trackers import Trackers, open_trackers
 
 
 class State:
     """What a killed run needs to go on, and the best weights so far."""
 
-    def __init__(self, tools: Tools, model: Any, optimizer: Any) -> None:
+    def __init__(self, tools: Tools, model: Any, optimizer: Any, settings: Mapping[str, Any] | None = None) -> None:
+        self.tools, self.settings = tools, settings or {}
+        self.trackers = Trackers({}, tools)
         self.folder = tools.work
         self.metrics = tools.out / "metrics.jsonl"
         self.model, self.optimizer = model, optimizer
@@ -31,6 +34,7 @@ class State:
         if accelerator.is_main_process:
             with self.metrics.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(figures) + "\n")
+            self.trackers.log(figures)
 
     def note(self, score: float, accelerator: Any) -> None:
         """One evaluation: keeps the weights if none were better, and a checkpoint to go on from."""
@@ -56,9 +60,10 @@ class State:
     def resume(self, accelerator: Any) -> bool:
         """Whether there was a checkpoint to go on from; the curves are cut back to it."""
         file = self.folder / "checkpoint.pt"
-        if accelerator.is_main_process:
-            self.metrics.unlink(missing_ok=True)
         if not file.exists():
+            if accelerator.is_main_process:
+                self.metrics.unlink(missing_ok=True)
+                self.trackers = open_trackers(self.tools, self.settings)
             return False
         found = torch.load(file, map_location="cpu", weights_only=True)
         self.model.load_state_dict(found["weights"], strict=False)
@@ -67,6 +72,7 @@ class State:
         self.history, self.lines = found["history"], found["lines"]
         if accelerator.is_main_process:
             self.metrics.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            self.trackers = open_trackers(self.tools, self.settings, self.lines)
         return True
 
     def restore_best(self) -> None:
@@ -76,6 +82,12 @@ class State:
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.model.named_parameters() if value.requires_grad}
+
+
+def sum_over_processes(values: Tensor, accelerator: Any) -> list[float]:
+    """Numbers that all processes agree on."""
+    found: list[float] = accelerator.reduce(values, "sum").tolist()
+    return found
 
 
 def mean_over_processes(value: float, accelerator: Any) -> float:

@@ -6,8 +6,9 @@ thing: a group of completions with values, where any completion of higher value 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from align.core.chat import encode_demonstrations
+from align.core.chat import IGNORED, encode_demonstrations
 from align.core.errors import DataError
 from align.core.groups import by_prompt
 from align.core.records import Message, Messages, Row, message_text
@@ -30,10 +31,13 @@ SCHEMA = pa.schema(
         "ids": pa.list_(pa.list_(pa.int32())),
         "labels": pa.list_(pa.list_(pa.int32())),
         "length": pa.int32(),
+        "tokens": pa.int32(),
+        "learned": pa.int32(),
     }
 )
-"""A group on disk; `absolute` where a value of 1 means right and 0 wrong, and not only better and worse; `length` is
-that of the longest prompt and completion, in tokens."""
+"""A group on disk; `absolute` where a value of 1 means right and 0 wrong, and not only better and worse. In tokens:
+`length`, that of the longest prompt and completion; `tokens`, the prompt and all completions; `learned`, those of the
+completions alone."""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,7 @@ class Group:
         completions: messages of each.
         values: of each; higher is better.
         counts: how often each was sampled.
+        tools: that the prompt may call, where it has any.
     """
 
     prompt: Messages
@@ -57,11 +62,13 @@ class Group:
     completions: list[list[Message]] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    tools: Any = None
 
 
 def read_groups(
-    table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str]
-) -> Iterator[Group]:
+    table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str], *,
+    wrong_answers: bool = False, use_margins: bool = False, filled: Counter[str] | None = None,
+) -> Iterator[Group]:  # fmt: skip
     """Groups of every prompt in the splits `train` and `dev`.
 
     Held out are the prompts of the split `dev`; where there are none, a share of the others, by their ids' hash.
@@ -72,7 +79,14 @@ def read_groups(
         held_out_share: see above.
         answers: whether the column `answer` (text or messages) is a right completion for a prompt that has none.
         counts: gets what was left out, and why.
+        wrong_answers: whether the column `wrong_answer` is a wrong completion for a prompt that has none.
+        use_margins: whether a preference's chosen completion is worth its `margin`; else, and where none is known, it
+            is worth 1. The rejected one is worth 0.
+        filled: gets how many prompts were filled from which of the two columns.
     """
+    columns = {"answer": 1.0} if answers else {}
+    columns |= {"wrong_answer": 0.0} if wrong_answers else {}
+    filled = Counter() if filled is None else filled
     has_dev = any(row["split"] == "dev" for row in table.rows(["split"]))
     comparisons = "chosen" in table.columns
     for rows in by_prompt(table, work):
@@ -83,18 +97,26 @@ def read_groups(
         held_out = first["split"] == "dev" if has_dev else _fraction(first["prompt_id"]) < held_out_share
         if comparisons:
             for row in rows:
+                margin = row["margin"] if use_margins and row["margin"] is not None else 1.0
+                if not 0 < margin < math.inf:
+                    counts["preferences without a margin above 0"] += 1
+                    continue
                 family = str(row.get("family") or "all")
                 sides = [list(row["chosen"]), list(row["rejected"])]
-                yield Group(row["prompt"], family, held_out, False, sides, [1.0, 0.0], [1, 1])
-        elif group := _group(rows, held_out, answers, counts):
+                yield Group(
+                    row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1], first.get("tools")
+                )
+        elif group := _group(rows, held_out, counts, columns, filled):
             yield group
 
 
-def _group(rows: list[Row], held_out: bool, answers: bool, counts: Counter[str]) -> Group | None:
+def _group(
+    rows: list[Row], held_out: bool, counts: Counter[str], columns: Mapping[str, float], filled: Counter[str]
+) -> Group | None:
     # of a ranking only the best passes, and the others are not wrong for that: its rewards say more
     absolute = "rank" not in rows[0] and all(row["verdict"] is not None for row in rows)
     family = str(rows[0].get("family") or rows[0].get("task") or "all")
-    group = Group(rows[0]["prompt"], family, held_out, absolute)
+    group = Group(rows[0]["prompt"], family, held_out, absolute, tools=rows[0].get("tools"))
     places: dict[str, int] = {}
     for row in rows:
         value = {"passed": 1.0, "failed": 0.0}.get(row["verdict"]) if absolute else row["reward"]
@@ -112,10 +134,12 @@ def _group(rows: list[Row], held_out: bool, answers: bool, counts: Counter[str])
         else:
             places[text] = len(group.values)
             _add(group, row["completion"], value)
-    if answers and absolute and not held_out and 1.0 not in group.values and rows[0]["answer"]:
-        answer = rows[0]["answer"]
-        _add(group, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, 1.0)
-        counts["right sides filled with the answer"] += 1
+    if absolute and not held_out:
+        for column, value in columns.items():
+            if value not in group.values and rows[0][column]:
+                answer = rows[0][column]
+                _add(group, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, value)
+                filled[column] += 1
     return group if group.values else None
 
 
@@ -163,7 +187,8 @@ def groups_on_disk(
                 continue
             waiting.append((group, places))
             for place in places:
-                yield {"prompt": group.prompt, "completion": group.completions[place]}
+                tools = {} if group.tools is None else {"tools": group.tools}
+                yield {"prompt": group.prompt, "completion": group.completions[place], **tools}
 
     encoded = encode_demonstrations(tokenizer, rows())
     written: Counter[str] = Counter()
@@ -177,6 +202,7 @@ def groups_on_disk(
             if not kept or (not group.held_out and len(set(values)) < 2):
                 counts["prompts left with one side only"] += 1
                 continue
+            learned = [sum(label != IGNORED for label in labels) for _, (_, labels) in kept]
             (held_out if group.held_out else train).add(
                 {
                     "family": group.family,
@@ -186,6 +212,8 @@ def groups_on_disk(
                     "ids": [ids for _, (ids, _) in kept],
                     "labels": [labels for _, (_, labels) in kept],
                     "length": max(len(ids) for _, (ids, _) in kept),
+                    "tokens": sum(learned) + len(kept[0][1][0]) - learned[0],
+                    "learned": sum(learned),
                 }
             )
             written["held_out" if group.held_out else "train"] += 1

@@ -1,46 +1,35 @@
-"""How a reward model learns: the loss over groups of completions, and the loop that keeps the best weights.
+"""How a reward model learns: the loop over batches of groups, which keeps the best weights.
 
 A plain loop, since its batches are groups and its measure is best-of-n: one optimizer step sees `global_batch_size`
 prompts and its loss is their mean, however they are split over micro batches and processes. There is no dropout and
-the order follows from the seed alone, so a run that was killed goes on from its last evaluation to the same weights.
+the order follows from the seed alone, so a run that was killed goes on from its last checkpoint to the same weights.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from align.core.chat import IGNORED
 from align.core.errors import RecipeError, RunError
 from align.core.records import Row
+from align.core.router import RouterLoss
 from align.core.stage import Tools
-from reward.batches import Encoded, batch_rewards
-from reward.checkpoint import State, mean_over_processes
-from reward.gate import Judged, best_of_n
-from reward.model import Card, RewardModel
+from reward.batches import Rewards
+from reward.checkpoint import State, sum_over_processes
+from reward.figures import Judged, best_of_n
+from reward.loss import Objective, batch_loss, encoded_pairs
+from reward.model import RewardModel
 
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What is minimised; see `group_loss`.
-
-    Attributes:
-        margin: by how much a better completion should score higher, at least.
-        centering: weight of the squared sum of a pair's rewards.
-        nll: weight of the better completions' mean negative log-probability per token (log-prob head only).
-    """
-
-    margin: float = 0.0
-    centering: float = 0.0
-    nll: float = 0.0
+Batches = list[npt.NDArray[np.int64]]
+"""Places of the groups of each optimizer step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +44,11 @@ class Schedule:
     max_grad_norm: float
     evaluations: int
     patience: int
+
+    @staticmethod
+    def of(config: Any) -> Schedule:
+        """From the stage's settings."""
+        return Schedule(**{name: getattr(config, name) for name in Schedule.__slots__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,42 +70,8 @@ class Speed:
     save_every: int = 500
 
 
-def group_loss(rewards: Tensor, values: Tensor, groups: Tensor, margin: float, centering: float) -> Tensor:
-    """Bradley-Terry averaged over each group's better-worse pairs, summed over groups.
-
-    Of a pair: −log σ(r_w − r_l − margin) + centering · (r_w + r_l)². Averaging over all pairs of a prompt makes every
-    prompt count the same and lets each completion be computed once; centering is that of arXiv:2312.09244.
-
-    Args:
-        rewards: of completions, (B,).
-        values: what they are worth; a pair is any two of one group with unequal values, (B,).
-        groups: number of each completion's group, from 0, (B,).
-        margin: see `Objective`.
-        centering: see `Objective`.
-    """
-    pair = (groups[:, None] == groups[None, :]) & (values[:, None] > values[None, :])
-    better, worse = pair.nonzero(as_tuple=True)
-    loss = -F.logsigmoid(rewards[better] - rewards[worse] - margin)
-    loss = loss + centering * (rewards[better] + rewards[worse]) ** 2
-    pairs_of_group = torch.bincount(groups[better], minlength=int(groups.max()) + 1)
-    return (loss / pairs_of_group[groups[better]]).sum()
-
-
-def batch_loss(objective: Objective, model: Any, card: Card, rows: list[Row], device: Any) -> Tensor:
-    """The loss of some groups, summed over them."""
-    encoded = [pair for row in rows for pair in encoded_pairs(row)]
-    values = torch.tensor([value for row in rows for value in row["values"]], device=device)
-    groups = torch.tensor([number for number, row in enumerate(rows) for _ in row["values"]], device=device)
-    rewards = batch_rewards(model, card.head, card.coef, encoded)
-    loss = group_loss(rewards, values, groups, objective.margin, objective.centering)
-    if objective.nll:
-        tokens = [sum(label != IGNORED for label in labels) for _, labels in encoded]
-        per_token = -rewards / card.coef / torch.tensor(tokens, device=device)
-        worst = torch.full((len(rows),), math.inf, device=device).scatter_reduce(0, groups, values.float(), "amin")
-        better = values > worst[groups]
-        of_group = torch.bincount(groups[better], minlength=len(rows))
-        loss = loss + objective.nll * (per_token[better] / of_group[groups[better]]).sum()
-    return loss
+FIGURES = ("loss", "accuracy", "reward_better", "reward_worse")
+"""Of a step, for the curves: means over its prompts; the rewards are those of the pairs' better and worse sides."""
 
 
 def fit(
@@ -120,6 +80,7 @@ def fit(
     judge: RewardModel,
     train: Any,
     held_out: Any,
+    batches: Batches,
     speed: Speed,
     accelerator: Any,
     tools: Tools,
@@ -132,6 +93,7 @@ def fit(
         judge: the model to train.
         train: groups on disk, see `reward.comparisons`.
         held_out: groups that best-of-n is measured on.
+        batches: see `group_batches`.
         speed: see there.
         accelerator: accelerate's.
         tools: for the checkpoint, the curves and the progress.
@@ -139,18 +101,16 @@ def fit(
     Returns:
         The evaluations: step, best_of_n, and whether it was the best so far.
     """
-    batches = group_batches(np.asarray(train["length"]), schedule.epochs, schedule.global_batch_size, tools.seed)
     world, rank = accelerator.num_processes, accelerator.process_index
-    if len(batches[0]) % world:
-        raise RecipeError(f"global_batch_size: {len(batches[0])} prompts can't be shared by {world} processes")
     trained = [parameter for parameter in judge.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    model, optimizer = accelerator.prepare(judge.model, optimizer)
+    router = RouterLoss(judge.model, objective.router)
+    model, optimizer = accelerator.prepare(Rewards(judge.model, judge.card.head, judge.card.coef), optimizer)
     contested = [i for i, values in enumerate(held_out["values"]) if len(set(values)) > 1]
     measured = held_out.select(contested) if contested else held_out
     evaluate_at = {round(len(batches) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} - {0}
 
-    state = State(tools, judge.model, optimizer)
+    state = State(tools, judge.model, optimizer, {**asdict(schedule), **asdict(objective)})
     if not state.resume(accelerator):
         state.note(best_of_n(judge_groups(judge, measured)), accelerator)
     tools.progress.start(len(batches), "steps")
@@ -160,40 +120,73 @@ def fit(
         judge.model.enable_input_require_grads()  # or nothing would flow back into LoRA's frozen base
     judge.model.train()
     while state.step < len(batches) and state.stale < schedule.patience:
+        begun = perf_counter()
         mine = batches[state.step][rank::world]
         micro = np.array_split(mine, math.ceil(len(mine) / speed.micro_batch))
         rate = learning_rate_at(state.step, len(batches), schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = 0.0
-        for number, places in enumerate(micro):
-            last = number == len(micro) - 1
+        sums = torch.zeros(5, device=accelerator.device)  # the loss, and the figures of `BatchLoss`
+        parts = [[train[int(place)] for place in places] for places in micro]
+        balance = None
+        if router.weight and (len(parts) > 1 or world > 1):
+            balance = _balance(router, objective, model, parts, speed, accelerator)
+        for number, rows in enumerate(parts):
+            last = number == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=speed.bf16):
-                    rows = [train[int(place)] for place in places]
-                    part = batch_loss(objective, model, judge.card, rows, accelerator.device)
-                    part = part / len(mine)
-                accelerator.backward(part)
-                loss += float(part.detach())
-        norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm))
+                with _computing(speed, accelerator), router.watching():
+                    loss, figures, mask = batch_loss(objective, model, rows, accelerator.device)
+                if balance is None:
+                    routed = router.term(1.0, mask)
+                else:
+                    routed = router.term(world * float(figures[3]) / balance[1], mask, balance[0])
+                accelerator.backward(loss / len(mine) + routed)
+                sums += torch.cat([loss.detach()[None], figures])
+        norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm or math.inf))
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
-        loss = mean_over_processes(loss, accelerator)
-        if not math.isfinite(loss):
-            raise RunError(f"reward: the loss is {loss} at step {state.step}; lower learning_rate")
-        state.log(accelerator, step=state.step, loss=loss, learning_rate=rate, grad_norm=norm)
-        tools.progress.advance(1, loss=round(loss, 3))
+        *means, tokens = sum_over_processes(sums, accelerator)
+        line = dict(zip(FIGURES, (figure / len(mine) / world for figure in means), strict=True))
+        if not math.isfinite(line["loss"]):
+            raise RunError(f"reward: the loss is {line['loss']} at step {state.step}; lower learning_rate")
+        line |= {"learning_rate": rate, "grad_norm": norm, "tokens_per_second": tokens / (perf_counter() - begun)}
+        if router.last is not None:
+            line["router_loss"] = router.last
+        state.log(accelerator, step=state.step, **line)
+        tools.progress.advance(1, loss=round(line["loss"], 3), learning_rate=rate, tokens=round(tokens))
         if state.step in evaluate_at:
             state.note(best_of_n(judge_groups(judge, measured)), accelerator)
         elif state.step % speed.save_every == 0:
             state.save(accelerator)
+    state.trackers.close()
     state.restore_best()
-    judge.model = accelerator.unwrap_model(model)
+    judge.model = accelerator.unwrap_model(model).model
     if speed.gradient_checkpointing:
         judge.model.gradient_checkpointing_disable()
     judge.model.eval()
     return state.history
+
+
+def _balance(
+    router: RouterLoss, objective: Objective, model: Any, parts: list[list[Row]], speed: Speed, accelerator: Any
+) -> tuple[torch.Tensor, float]:
+    """Shares of the global batch's tokens that go to each expert, (E,), and its tokens: by a pass without gradient.
+
+    So the router loss is that of the global batch, however it is split.
+    """
+    sums: Any = 0.0
+    with torch.no_grad():
+        for rows in parts:
+            with _computing(speed, accelerator), router.watching():
+                _, figures, mask = batch_loss(objective, model, rows, accelerator.device)
+            sums = sums + torch.cat([router.counts(mask), figures[3:]])
+    *sent, passes, tokens = sum_over_processes(sums, accelerator)
+    return torch.tensor(sent, device=accelerator.device) / passes, tokens
+
+
+def _computing(speed: Speed, accelerator: Any) -> Any:
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=speed.bf16)
 
 
 def learning_rate_at(step: int, steps: int, schedule: Schedule) -> float:
@@ -206,8 +199,8 @@ def learning_rate_at(step: int, steps: int, schedule: Schedule) -> float:
 
 
 def group_batches(
-    lengths: npt.NDArray[np.integer[Any]], epochs: float, size: int, seed: int
-) -> list[npt.NDArray[np.int64]]:
+    lengths: npt.NDArray[np.integer[Any]], epochs: float, size: int, seed: int, processes: int = 1
+) -> Batches:
     """Places of the groups of each optimizer step; groups of like length meet, so that little is padded.
 
     Every batch is full: the last one is filled from a further pass. Fewer groups than a batch holds make one batch.
@@ -217,13 +210,19 @@ def group_batches(
         epochs: passes.
         size: groups of a batch.
         seed: decides the order.
+        processes: that share each batch.
+
+    Raises:
+        RecipeError: they can't share it equally.
     """
     rng = np.random.default_rng(seed)
     size = min(size, len(lengths))
+    if size % processes:
+        raise RecipeError(f"global_batch_size: {size} prompts can't be shared by {processes} processes")
     steps = max(1, math.ceil(len(lengths) * epochs / size))
     passes = math.ceil(steps * size / len(lengths))
     order = np.concatenate([rng.permutation(len(lengths)) for _ in range(passes)])[: steps * size]
-    batches: list[npt.NDArray[np.int64]] = []
+    batches: Batches = []
     for start in range(0, len(order), 8 * size):
         window = order[start : start + 8 * size]
         window = window[np.argsort(lengths[window], kind="stable")]
@@ -244,8 +243,3 @@ def judge_groups(judge: RewardModel, groups: Any, at_once: int = 256) -> list[Ju
             own = [next(scores) for _ in lengths]
             judged.append(Judged(row["family"], row["values"], row["counts"], own, lengths))
     return judged
-
-
-def encoded_pairs(row: Row) -> list[Encoded]:
-    """The completions of a group on disk, each with its prompt."""
-    return list(zip(row["ids"], row["labels"], strict=True))

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from align.core.errors import ModelError
+from align.core.errors import ModelError, RecipeError
 
 Head = Literal["scalar", "logprob"]
+
+
+def device_of(speed: Mapping[str, Any]) -> str:
+    """The device that `tools.speed` names; a GPU where there is one, if it says auto or nothing.
+
+    Raises:
+        RecipeError: it names a GPU and there is none.
+    """
+    import torch
+
+    device = str(speed.get("device") or "auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
+    return device
 
 
 def load_model(path: str, head: Head, dtype: str, revision: str | None = None, **config: Any) -> tuple[Any, list[str]]:
@@ -44,8 +60,13 @@ def load_model(path: str, head: Head, dtype: str, revision: str | None = None, *
             )
         missing = sorted(info["missing_keys"])
         if is_adapter:
-            model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
             missing = [key for key in missing if not _adapter_has(Path(path), key)]
+            if lost := [key for key in missing if key.split(".")[0] in (adapter.modules_to_save or ())]:
+                raise ModelError(
+                    f"{path}: its adapters were saved without {lost[0]}, which was trained with them and would be "
+                    "random now; save them again with it (modules_to_save)"
+                )
+            model = PeftModel.from_pretrained(model, path, config=adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise ModelError(

@@ -20,7 +20,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 from align.core.errors import DataError, ModelError, RecipeError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
+from align.core.start import tell
 from align.core.store import ModelRef, Table
 from reward.comparisons import groups_on_disk, read_groups
 from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, template_hash
@@ -37,8 +38,7 @@ from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, te
 if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
     from reward.batches import Encoded
     from reward.fit import Speed
-    from reward.gate import Judged
-    from reward.model import Gate, RewardModel
+    from reward.model import RewardModel
 
 
 class Config(StageConfig):
@@ -51,15 +51,23 @@ class Config(StageConfig):
     coef: float = Field(0.3, gt=0, description="of the log-probability (logprob head)")
     per_side: int = Field(3, ge=1, description="most better and most worse completions of a prompt")
     answers: bool = Field(False, description="the column `answer` stands in where a prompt has no right completion")
+    wrong_answers: bool = Field(False, description="and the column `wrong_answer` where it has no wrong one")
     margin: float = Field(0.0, ge=0, description="by how much a better completion should score higher, at least")
+    use_margins: bool = Field(
+        False, description="a pair's own margin is added to it: the column `margin` of preferences, as Llama 2 has it "
+        "(arXiv:2307.09288), the difference of the rewards of ranked completions",
+    )  # fmt: skip
     centering: float = Field(0.01, ge=0, description="weight of the term that keeps scores around zero (scalar head)")
     nll: float = Field(0.0, ge=0, description="weight of the better completions' NLL per token (logprob head)")
+    router_loss_weight: float | None = Field(
+        None, ge=0, description="of a mixture of experts' load-balancing loss; null: the model's own, 0: none"
+    )
     learning_rate: float = Field(2e-6, gt=0, description="AdamW's, at its peak")
     epochs: float = Field(1.0, gt=0, description="passes over the prompts")
     global_batch_size: int = Field(128, ge=1, description="prompts of one optimizer step, over all processes")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient to this norm")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient to this norm; 0 is off")
     max_length: int = Field(4096, ge=8, description="longest prompt and completion in tokens; longer ones are left out")
     lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters; 0 trains all weights")
     lora_alpha: float = Field(32.0, gt=0, description="LoRA's scale: an adapter counts alpha / rank")
@@ -84,28 +92,44 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     """Prepares the groups, trains, keeps the best weights, gates, saves and loads again."""
     from accelerate import Accelerator
 
-    from reward.fit import Objective, Schedule, encoded_pairs, fit, judge_groups
+    from reward.figures import report
+    from reward.fit import Schedule, fit, group_batches, judge_groups
+    from reward.gate import gates_of
+    from reward.loss import Objective, encoded_pairs
+    from reward.starting import start_of
 
     policy, completions = inputs["model"], inputs["completions"]
     assert isinstance(policy, ModelRef) and isinstance(completions, Table)
-    if config.answers and "answer" not in completions.columns:
-        raise DataError(f"reward: answers=true needs a column `answer` in {completions.name}; it has none")
+    _check_columns(config, completions)
     speed = _speed(tools.speed)
     accelerator = Accelerator(cpu=True) if speed.device == "cpu" else Accelerator()
+    world = accelerator.num_processes
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
     counts: Counter[str] = Counter()
-    groups = read_groups(completions, tools.work, config.held_out_share, config.answers, counts)
+    filled: Counter[str] = Counter()
+    groups = read_groups(
+        completions, tools.work, config.held_out_share, config.answers, counts,
+        wrong_answers=config.wrong_answers, use_margins=config.use_margins, filled=filled,
+    )  # fmt: skip
     folder = tools.work / f"groups-{accelerator.process_index}"
     train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
-    tools.progress.say(f"{len(train)} prompts to train on, {len(held_out)} held out")
+    schedule = Schedule.of(config)
+    batches = group_batches(np.asarray(train["length"]), config.epochs, config.global_batch_size, tools.seed, world)
+    title = f"{config.head} reward model from {policy.name} on {completions.name}, {len(held_out):,} prompts held out"
+    start = start_of(config, judge, train, batches, counts, speed, world, title)
+    tell(start, tools)
+    if tools.rehearse:
+        return Result(summary={"start": start.figures()})
 
-    objective = Objective(config.margin, config.centering if config.head == "scalar" else 0.0, config.nll)
-    schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__slots__})
-    history = fit(objective, schedule, judge, train, held_out, speed, accelerator, tools)
+    centering = config.centering if config.head == "scalar" else 0.0
+    objective = Objective(config.margin, centering, config.nll, config.use_margins, config.router_loss_weight)
+    history = fit(objective, schedule, judge, train, held_out, batches, speed, accelerator, tools)
 
     judged = judge_groups(judge, held_out)
-    judge.card = replace(judge.card, gates=_gates(config, judged, held_out["absolute"]))
+    labelled = [group for group, absolute in zip(judged, held_out["absolute"], strict=True) if absolute]
+    gates = gates_of(labelled, config.gate_precision, config.gate_wrong, config.gate_gap) if labelled else None
+    judge.card = replace(judge.card, gates=gates)
     if accelerator.is_main_process:
         probe = [*encoded_pairs(held_out[0])[:2], *encoded_pairs(train[0])]
         scores = judge.score_encoded(probe)
@@ -117,10 +141,23 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         "completions": sum(len(values) for values in train["values"]),
         "held_out_prompts": len(held_out),
         "left_out": dict(counts),
+        "filled": dict(filled),
+        "start": start.figures(),
+        "steps": len(batches),
         "evaluations": history,
-        **_report(judge.card.gates, judged),
+        **report(judged, gates),
     }
     return Result(summary=summary)
+
+
+def _check_columns(config: Config, completions: Table) -> None:
+    asked = {"answers": "answer", "wrong_answers": "wrong_answer", "use_margins": "margin"}
+    for setting, column in asked.items():
+        if not getattr(config, setting) or column in completions.columns:
+            continue
+        if setting == "use_margins" and "chosen" not in completions.columns:  # then the rewards make the margins
+            continue
+        raise DataError(f"{setting}=true needs a column `{column}` in {completions.name}; it has none")
 
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
@@ -209,36 +246,6 @@ def _with_adapters(model: Any, config: Config, revision: str | None) -> Any:
     return get_peft_model(model, adapters)
 
 
-def _gates(config: Config, judged: list[Judged], absolute: list[bool]) -> dict[str, Gate] | None:
-    """A gate for every family with verdicts among its held-out completions; None where there are only comparisons."""
-    from reward.gate import calibrate
-
-    labelled = [group for group, known in zip(judged, absolute, strict=True) if known]
-    if not labelled:
-        return None
-    families = sorted({group.family for group in labelled})
-    return {
-        family: calibrate(
-            [group for group in labelled if group.family == family],
-            config.gate_precision, config.gate_wrong, config.gate_gap,
-        )
-        for family in families
-    }  # fmt: skip
-
-
-def _report(gates: dict[str, Gate] | None, judged: list[Judged]) -> dict[str, Any]:
-    """The figures that a person judges the reward model by, overall and by family, each with its gate."""
-    from reward.gate import figures
-
-    families = sorted({group.family for group in judged})
-    by_family = {}
-    for family in families:
-        gate = None if gates is None else gates.get(family)
-        own = figures([group for group in judged if group.family == family], gates)
-        by_family[family] = {**own, "gate": None if gate is None else asdict(gate)}
-    return {"overall": figures(judged, gates), "by_family": by_family}
-
-
 def _save(config: Config, judge: RewardModel, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model = judge.model.merge_and_unload() if config.lora_rank and config.save_merged else judge.model
@@ -282,5 +289,6 @@ STAGE = Stage(
     },
     gives=Kind.REWARD_MODEL,
     run=run,
+    version=2,
     trains=True,
 )

@@ -25,12 +25,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("reward",),
     ("data_synthesis", "align.train", "align.evaluate"),
     ("align.stages", "align.yamlfile", "align.progress"),
-    ("align.tiny.make", "align.tiny.chores", "align.tiny.solve", "align.tiny.writer"),
+    ("align.tiny.make", "align.tiny.chores", "align.tiny.solve", "align.tiny.habit", "align.tiny.writer"),
     ("align.backends", "align.plan", "align.tiny.rater"),
     ("align.settings", "align.outside", "align.reader", "align.fit", "align.recipe"),
     ("align.fingerprints", "align.lock", "align.folders", "align.inputs", "align.launch", "align.pipeline"),
-    ("align.report", "align.doctor", "align.forecast", "align.overview", "align.ladder", "align.helptext", "align.shipped"),
-    ("align.annotate",),
+    ("align.report", "align.forecast", "align.overview", "align.ladder", "align.helptext", "align.shipped"),
+    ("align.annotate", "align.doctor", "align.chat", "align.export"),
     ("align.cli",),
 ]
 """From the ground up. A module may import from its own floor and from those below it."""

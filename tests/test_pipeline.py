@@ -23,6 +23,7 @@ from align.core.errors import AlignError, DataError, RunError
 from align.core.manifest import Manifest
 from align.core.store import Table
 from align.fingerprints import step_seed
+from align.folders import prepare
 from align.lock import holder, locked
 from align.pipeline import plan, run
 from align.plan import Recipe
@@ -107,16 +108,27 @@ def test_a_models_card_says_what_made_it_from_what_and_how(tmp_path: Path) -> No
     file, out = write(tmp_path), tmp_path / "run"
     finish(file, out)
     _, header, page = (out / "train" / "model" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "transformers", "tags": ["align", "model", "train"]}
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["align", "model", "train"],
+    }  # fmt: skip
     for line in (
         "# t: train",
-        "Policy, made by the stage `train 1`",
+        "made by the stage `train`",
         "- completions: sample",
         "| steps | 8 |",
         "learning_rate: 0.001",
         "python ",
     ):
         assert line in page, line
+
+
+def test_the_curves_of_a_killed_step_are_kept_for_the_attempt_that_goes_on_and_for_no_other(tmp_path: Path) -> None:
+    (tmp_path / "work" / "print").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    prepare(tmp_path, "print")
+    assert (tmp_path / "metrics.jsonl").exists(), "its checkpoint is at some step of these curves"
+    prepare(tmp_path, "other settings")
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_steps_seed_is_its_own_and_the_same_everywhere() -> None:

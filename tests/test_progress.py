@@ -191,7 +191,7 @@ def test_a_training_tells_loss_learning_rate_tokens_a_second_and_time_left(clock
 
 
 def test_a_long_run_writes_fewer_plain_lines(clock: Clock) -> None:
-    """A line each 5 s in the first 100 s, then a twentieth of what is behind, at last one a minute: under 100 in 1 h."""
+    """A line each 5 s in the first 100 s (20), each twentieth of the time up to 20 min (50), then one a minute (40)."""
     stream = io.StringIO()
     progress = Lines("sft", stream)
     progress.start(3600, "steps")

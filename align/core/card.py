@@ -1,4 +1,4 @@
-"""The card (README.md) of a dataset or a model: what made it, from what, how, under which licences."""
+"""The card (README.md) of a dataset: what made it, from what, how, under which licences. A model's: `model_card`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from align.core.records import Kind
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says besides the counts, which the writer knows, or the figures of a training.
+    """What a card says besides the counts, which the writer knows, or the curves of a training.
 
     Attributes:
         title: the heading, such as the step's name.
@@ -64,34 +64,13 @@ def card_text(card: Card, kind: Kind, columns: Mapping[str, str], counts: Mappin
     for title, key, heads in (("Yield", "yield", "step | count"), ("Lost", "lost", "why | count")):
         if figures := card.summary.get(key):
             page += ["", f"## {title}", "", f"| {heads} |", "|---|---|"]
-            page += [f"| {_cell(str(name))} | {number} |" for name, number in figures.items()]
+            page += [f"| {cell(str(name))} | {number} |" for name, number in figures.items()]
     for name, counter in counts.items():
         page += ["", f"## Rows by {name}", "", f"| {name} | rows |", "|---|---|"]
-        page += [f"| {_cell(value)} | {number} |" for value, number in sorted(counter.items())]
+        page += [f"| {cell(value)} | {number} |" for value, number in sorted(counter.items())]
     page += ["", "## Columns", "", "| column | type |", "|---|---|"]
-    page += [f"| {_cell(name)} | `{_cell(kind)}` |" for name, kind in columns.items()]
+    page += [f"| {cell(name)} | `{cell(kind)}` |" for name, kind in columns.items()]
     return _text(header, [*page, *_settings(card)])
-
-
-def model_card_text(card: Card, kind: Kind, figures: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """A model's card, for people and the Hub.
-
-    Args:
-        card: what trained it, on what.
-        kind: MODEL or REWARD_MODEL.
-        figures: of the training; those that are no number or short text are left out.
-        versions: of the libraries.
-    """
-    spoken = "Reward model" if kind is Kind.REWARD_MODEL else "Policy"
-    page = [f"# {card.title}", "", f"{spoken}, made by the stage `{card.stage}` ({card.made_by}).", ""]
-    if kind is Kind.REWARD_MODEL:
-        page += ["It gives completions a score and can't be sampled from; `reward_model.json` says how to read it.", ""]
-    page += _origins(card)
-    page += ["", "## Figures", "", "| figure | value |", "|---|---|"]
-    page += [f"| {_cell(name)} | {_cell(str(value))} |" for name, value in figures.items() if _is_short(value)]
-    page += _settings(card)
-    page += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in versions.items())]
-    return _text({"library_name": "transformers", "tags": _tags(card, kind)}, page)
 
 
 def read_licenses(folder: Path) -> dict[str, str]:
@@ -127,7 +106,7 @@ def _settings(card: Card) -> list[str]:
 
     if not card.settings:
         return []
-    settings = yaml.safe_dump(_plain(card.settings), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(plain(card.settings), sort_keys=False, allow_unicode=True)
     return ["", "## Settings", "", "```yaml", settings.rstrip(), "```"]
 
 
@@ -138,18 +117,15 @@ def _text(header: Mapping[str, Any], page: list[str]) -> str:
     return f"---\n{top}---\n\n" + "\n".join(page) + "\n"
 
 
-def _is_short(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200)
-
-
-def _cell(value: str) -> str:
+def cell(value: str) -> str:
+    """Text as a cell of a Markdown table."""
     return value.replace("|", "\\|").replace("\n", " ") or "(empty)"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in types that YAML's safe writer knows."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 from align.core.errors import DataError
-from align.core.formats import ANSWERS, GSM8K_ANSWER, Record
+from align.core.formats import ANSWERS, GSM8K_ANSWER
 from align.core.records import COLUMNS, Kind, Row
+from align.core.unfold import Record
 
 TASK_OF = {"gsm8k": "math", "ifeval": "constraints"}
 """The task that a named way to make references means."""

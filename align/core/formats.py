@@ -7,6 +7,9 @@
 | ShareGPT | `conversations`: turns with `from` and `value` |
 | OpenAI, TRL | `messages`: turns with `role` and `content` |
 | HH, UltraFeedback | `chosen` and `rejected` that begin with the same turns (text with "Human:" and "Assistant:" too) |
+| RewardBench 2 | a prompt, and lists of texts: `chosen` are right, `rejected` wrong |
+| LLMBar | `input`, `output_1` and `output_2`, and `label`: the number of the better one |
+| samples | a question and a list of answers; `reward` or `verdict` beside it are lists as long |
 | GSM8K | `question`, `answer` that ends with `#### number`; becomes a maths reference |
 | plain | one of `prompt`, `instruction`, `question`, with one of `completion`, `output`, `response`, `answer` or none |
 
@@ -22,8 +25,8 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.records import Kind, Messages, Row
+from align.core.unfold import LLMBAR, SIDES, Record, are_texts, each_answer, each_pair, two_outputs
 
-Record = dict[str, Any]
 VERSION = 2
 """Raised when the same file would now give other rows."""
 
@@ -67,15 +70,22 @@ def shape_of(columns: Sequence[str], kind: Kind | None, where: str) -> Shape:
     answer = next((name for name in ANSWERS if name in columns), None)
     chat = next((name for name in CHATS if name in columns), None)
     pair = "chosen" in columns and "rejected" in columns
+    if set(columns) >= LLMBAR and kind in (Kind.PREFERENCES, Kind.COMPLETIONS) and not (pair or answer):
+        named = shape_of([*(name for name in columns if name not in LLMBAR), "prompt", *SIDES], kind, where)
+        return lambda record, place: named(two_outputs(record, place), place)
     if kind is None:
         return _as_it_is
     if kind is Kind.ONTOLOGY and "tag" in columns:
         return lambda record, _: [record]
     if kind is Kind.PREFERENCES and pair:
-        return lambda record, place: [_preference(record, question, chat, place)]
+        return lambda record, place: [_preference(one, question, chat, place) for one in each_pair(record)]
     if kind is Kind.COMPLETIONS and pair and not answer:
-        return lambda record, place: _two_completions(_preference(record, question, chat, place))
-    if kind in (Kind.DEMONSTRATIONS, Kind.COMPLETIONS) and question and answer:
+        return lambda record, place: _of_a_pair(record, question, chat, place)
+    if kind is Kind.COMPLETIONS and question and answer:
+        return lambda record, place: [
+            _answered(one, kind, question, answer, place) for one in each_answer(record, answer, place)
+        ]
+    if kind is Kind.DEMONSTRATIONS and question and answer:
         return lambda record, place: [_answered(record, kind, question, answer, place)]
     if kind in (Kind.DEMONSTRATIONS, Kind.COMPLETIONS) and chat:
         return lambda record, place: [_dialogue(record, kind, chat, place)]
@@ -100,6 +110,8 @@ def _answered(record: Record, kind: Kind, question: str, answer: str | None, whe
     """Rows of a question's column and, where there is one, an answer's."""
     row = _without(record, question, *_beside(question), "system", *([answer] if answer else []))
     row["prompt"] = _prompt(record, question, where)
+    if isinstance(row.get("answer"), str):  # a gold answer beside the one that counts
+        row["answer"] = messages(row["answer"], "assistant", "answer", where)
     if answer is None or (kind is Kind.PROMPTS and record[answer] is None):
         return row
     text = record[answer]
@@ -186,6 +198,22 @@ def _preference(record: Record, question: str | None, chat: str | None, where: s
     else:
         raise DataError(f"{where}: chosen and rejected are single answers, and there is no prompt beside them")
     return row | {"prompt": _ends_with_user(prompt, "the prompt", where), "chosen": chosen, "rejected": rejected}
+
+
+def _of_a_pair(record: Record, question: str | None, chat: str | None, where: str) -> list[Row]:
+    """The completions of a record with chosen and rejected ones; of lists of texts each one once."""
+    if not all(are_texts(record[side]) for side in SIDES):
+        return _two_completions(_preference(record, question, chat, where))
+    texts = [(text, side) for side in SIDES for text in record[side]]
+    first = _preference(each_pair(record)[0], question, chat, where)
+    rest = _without(first, *SIDES, "margin")
+    return [
+        rest | {
+            "sample_index": number, "completion": messages(text, "assistant", side, where),
+            "reward": float(side == "chosen"), "verdict": "passed" if side == "chosen" else "failed",
+        }
+        for number, (text, side) in enumerate(texts)
+    ]  # fmt: skip
 
 
 def _two_completions(row: Row) -> list[Row]:

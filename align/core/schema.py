@@ -86,7 +86,10 @@ class Schema:
         if fixed is None and self.lenient and name in self.arrow.names and self.arrow.field(name).type == _TEXT:
             values = [_as_text(v) for v in values]
         try:
-            return pa.array(values, fixed) if fixed is not None else pa.array([_hollow(v) for v in values])
+            found = pa.array(values, fixed) if fixed is not None else pa.array([_hollow(v) for v in values])
+            if pa.types.is_list(found.type) and pa.types.is_null(found.type.value_type):
+                return pa.array([v if v is None else [] for v in values], found.type)  # Arrow miscounts lists of nulls
+            return found
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as problem:
             if fixed is None and self.lenient:
                 return pa.array([_as_text(v) for v in values], _TEXT)

@@ -26,6 +26,7 @@ from align.core.records import COLUMNS, Kind, Row
 from align.core.source_spec import Source, Spec, parse_sources
 from align.core.store import Table
 from align.core.text import prompt_id_of, root_text, split_of
+from align.core.unfold import are_texts
 from align.core.writer import DatasetWriter
 
 SHARES = (0.05, 0.05)
@@ -131,7 +132,8 @@ def kind_of_source(spec: Spec) -> Kind:
     for part in locate(source.source, source.name, source.split, source.revision):
         for where, record in part.records():
             columns = tuple(_renamed(record, source, where))
-            if {"completion", "verdict"} <= set(columns):
+            labelled = {"verdict", "reward"} & set(columns) and set(formats.ANSWERS) & set(columns)
+            if labelled or are_texts(record.get("chosen")):
                 return Kind.COMPLETIONS
             for kind in (Kind.PREFERENCES, Kind.DEMONSTRATIONS):
                 try:

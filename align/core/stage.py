@@ -32,12 +32,14 @@ class Need:
         help: one line for `--help`.
         optional: whether the stage runs without it.
         columns: columns that the stage reads beyond those of the kind.
+        several: whether a list of models may be given; they are under `name`, `name-2`, `name-3`, … (see `numbered`).
     """
 
     kind: Kind | tuple[Kind, ...] | None
     help: str
     optional: bool = False
     columns: tuple[str, ...] = ()
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError, ModelError
-from align.core.fingerprint import content_fingerprint
+from align.core.fingerprint import content_fingerprint, fingerprint_of
 from align.core.records import Kind, Row
 
 TINY = Path(__file__).resolve().parents[1] / "tiny" / "base"
@@ -35,7 +35,8 @@ class ModelRef:
         path: a folder, or a Hub id.
         kind: MODEL or REWARD_MODEL.
         name: how people know it: the step that made it, or the id.
-        fingerprint: of its content (a local folder's bytes, an adapter's with its base's; a Hub id with its revision).
+        fingerprint: of its content (a local folder's bytes, an adapter's with its base's, an ensemble's with its
+            members'; a Hub id with its revision).
         revision: of a Hub id, where one was given (`id@revision`).
     """
 
@@ -47,26 +48,42 @@ class ModelRef:
 
     @staticmethod
     def open(spec: str | Path, kind: Kind, name: str | None = None) -> ModelRef:
-        """Finds a model and checks what can be seen of it without loading it.
+        """Finds a model, checks what can be seen of it without loading it, and reads it once for its fingerprint.
 
         Args:
-            spec: a model's folder or a step's folder, the name of a checkpoint of the package (`SHIPPED`), or a Hub id,
-                with `@revision` to pin it. A LoRA adapter's folder is a model.
+            spec: see `find`.
             kind: what it is wanted as.
-            name: how people know it; else the folder's name (the step's name for a step's `model` folder) or the id.
+            name: see `find`.
 
         Raises:
             ModelError: there is no such model, it is of the other kind, or files are missing or broken.
+        """
+        found = ModelRef.find(spec, name)
+        folder = Path(found.path)
+        if not folder.is_dir():
+            return replace(found, kind=kind)
+        if found.kind is not kind:
+            raise ModelError(f"{spec}: is a {_SPOKEN[found.kind]}, a {_SPOKEN[kind]} was expected")
+        return replace(found, fingerprint=_fingerprint(folder))
+
+    @staticmethod
+    def find(spec: str | Path, name: str | None = None) -> ModelRef:
+        """Finds a model of either kind, without a look at its weights: a folder's has no fingerprint.
+
+        Args:
+            spec: a model's folder or a step's folder, the name of a checkpoint of the package (`SHIPPED`), or a Hub id,
+                with `@revision` to pin it. A LoRA adapter's folder is a model. What lies on the Hub counts as a policy.
+            name: how people know it; else the folder's name (the step's name for a step's `model` folder) or the id.
+
+        Raises:
+            ModelError: there is no such model, or files are missing or broken.
         """
         text = str(spec)
         folder = SHIPPED.get(text) or Path(text).expanduser()
         if folder.is_dir():
             folder = folder / "model" if (folder / "model").is_dir() and not _is_model(folder) else folder
-            found = _kind_of_folder(folder)
-            if found is not kind:
-                raise ModelError(f"{text}: is a {_SPOKEN[found]}, a {_SPOKEN[kind]} was expected")
             default = text if text in SHIPPED else folder.parent.name if folder.name == "model" else folder.name
-            return ModelRef(str(folder), kind, name or default, content_fingerprint(folder, *_base_of(folder)))
+            return ModelRef(str(folder), _kind_of_folder(folder), name or default, "")
         if text in SHIPPED:
             raise ModelError(
                 f"{text}: the checkpoint that the package carries is missing from {folder}; reinstall the package"
@@ -74,24 +91,48 @@ class ModelRef:
         if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
             raise ModelError(f"{text}: no such model folder, and it is no Hub id (owner/name, or owner/name@revision)")
         path, _, revision = text.partition("@")
-        return ModelRef(path, kind, name or text, f"{path}@{revision or 'main'}", revision or None)
+        return ModelRef(path, Kind.MODEL, name or text, f"{path}@{revision or 'main'}", revision or None)
 
 
 _SPOKEN = {Kind.MODEL: "policy", Kind.REWARD_MODEL: "reward model"}
 
 
+def _fingerprint(folder: Path) -> str:
+    own = content_fingerprint(folder, *_base_of(folder))
+    members = [ModelRef.open(member, Kind.REWARD_MODEL).fingerprint for member in _members_of(folder)]
+    return fingerprint_of([own, *members]) if members else own
+
+
 def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json")) or bool(
+        _members_of(folder)
+    )
+
+
+def _members_of(folder: Path) -> list[str]:
+    """The models that an ensemble's folder names, as `ModelRef.open` takes them; none for any other folder."""
+    file = folder / "reward_model.json"
+    if not file.is_file():
+        return []
+    members = _read_json(file).get("members") or []
+    return ["@".join(filter(None, (member["path"], member.get("revision")))) for member in members]
 
 
 def _kind_of_folder(folder: Path) -> Kind:
     """What a folder holds by its own files; see `ModelRef.open` for the errors."""
     if not _is_model(folder):
+        if steps := sorted(str(path.parent) for path in folder.glob("*/model") if _is_model(path)):
+            raise ModelError(
+                f"{folder}: is a run and no model; give the folder of one of its steps: {', '.join(steps)}"
+            )
         names = sorted(p.name for p in folder.iterdir())[:8]
         raise ModelError(
             f"{folder}: is no model: it has neither config.json nor adapter_config.json "
             f"(it holds {', '.join(names) or 'nothing'}); give the folder that save_pretrained wrote"
         )
+    if members := _members_of(folder):
+        _check_members(folder, members)
+        return Kind.REWARD_MODEL
     adapter = (folder / "adapter_config.json").is_file()
     config = _read_json(folder / ("adapter_config.json" if adapter else "config.json"))
     _check_weights(folder)
@@ -118,6 +159,19 @@ def _check_base(folder: Path, base: Any) -> None:
             f"{folder}: is a LoRA adapter of {text or 'an unnamed model'}, which isn't there; put that model back, or "
             "name its folder or Hub id as base_model_name_or_path in adapter_config.json"
         )
+
+
+def _check_members(folder: Path, members: list[str]) -> None:
+    for member in members:
+        try:
+            found = ModelRef.find(member)
+        except ModelError as problem:
+            raise ModelError(
+                f"{folder}: is an ensemble that lacks a member: {problem}; put that model back, or make the ensemble "
+                "again (`align ensemble`)"
+            ) from problem
+        if found.kind is not Kind.REWARD_MODEL and Path(found.path).is_dir():
+            raise ModelError(f"{folder}: is an ensemble, and its member {member} is a policy; make it again")
 
 
 def _check_weights(folder: Path) -> None:

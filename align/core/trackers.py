@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, cast
 
@@ -50,15 +52,15 @@ def open_trackers(tools: Tools, settings: Mapping[str, Any], lines: Sequence[Lin
     Args:
         tools: of the step; the names are in its speed settings.
         settings: of the stage; kept with the run.
-        lines: of the curves so far, where a killed step goes on.
+        lines: of the curves so far, where a killed step goes on; told to a tracker that doesn't know the run yet.
 
     Raises:
         RunError: a package isn't installed, or a tracker can't be opened.
     """
     opened: dict[str, Tracker] = {}
     for name in tools.speed.get("report_to") or ():
-        if problem := missing(name):
-            raise RunError(f"report_to: {name}: {problem}")
+        if remedy := missing(name):
+            raise RunError(f"report_to: {name}: {remedy}")
         try:
             opened[name] = _OPENED_BY[name](tools, settings, lines)
         except Exception as problem:  # each has errors of its own
@@ -109,7 +111,7 @@ class _Tensorboard:
 
         folder = tools.out / FOLDER
         shutil.rmtree(folder, ignore_errors=True)
-        self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(folder))
         told = "\n".join(f"    {name}: {value}" for name, value in settings.items())
         self.writer.add_text("settings", told, 0)
         for line in lines:
@@ -127,12 +129,13 @@ class _Wandb:
     """Steps are a figure of their own there, so that a step told twice is no step back, which it would drop."""
 
     def __init__(self, tools: Tools, settings: Mapping[str, Any], lines: Sequence[Line]) -> None:
-        import wandb
-
+        wandb: Any = import_module("wandb")
         project, run = _names(tools)
         self.run = wandb.init(project=project, name=run, id=run, resume="allow", config=dict(settings))
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
+        for line in () if self.run.resumed else lines:
+            self.log(line)
 
     def log(self, line: Line) -> None:
         self.run.log(dict(line))
@@ -143,10 +146,14 @@ class _Wandb:
 
 class _Trackio:
     def __init__(self, tools: Tools, settings: Mapping[str, Any], lines: Sequence[Line]) -> None:
-        import trackio
-
+        trackio: Any = import_module("trackio")
         project, run = _names(tools)
+        known: list[str] = []
+        with suppress(ValueError):  # there is no such project yet
+            known = [each.name for each in trackio.Api().runs(project)]
         self.run = trackio.init(project=project, name=run, resume="allow", config=dict(settings), embed=False)
+        for line in () if run in known else lines:
+            self.log(line)
 
     def log(self, line: Line) -> None:
         self.run.log(_figures(line), step=int(line["step"]))
@@ -159,10 +166,9 @@ class _Mlflow:
     """The run is found again by its name."""
 
     def __init__(self, tools: Tools, settings: Mapping[str, Any], lines: Sequence[Line]) -> None:
-        from mlflow import MlflowClient
-
         project, run = _names(tools)
-        self.client = MlflowClient()
+        mlflow: Any = import_module("mlflow")
+        self.client = mlflow.MlflowClient()
         experiment = self.client.get_experiment_by_name(project)
         number = experiment.experiment_id if experiment else self.client.create_experiment(project)
         found = self.client.search_runs([number], f"attributes.run_name = '{run}'", max_results=1)
@@ -171,6 +177,8 @@ class _Mlflow:
         if not found:
             for name, value in settings.items():
                 self.client.log_param(self.run, name, str(value)[:500])
+            for line in lines:
+                self.log(line)
 
     def log(self, line: Line) -> None:
         for name, value in _figures(line).items():

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.core.html import Child, Html, el, join, table
 from align.core.records import Row
 from align.progress import duration
-from align.report.html import Child, Html, el, join, table
 from align.report.source import Step
 
 SHOWN = 5

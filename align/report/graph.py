@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from align.core.html import Child, Html, el, join, svg
 from align.progress import duration
-from align.report.html import Child, Html, el, join, svg
 from align.report.source import Run, Step
 
 WIDTH, HEIGHT, GAP, RISE = 196.0, 64.0, 24.0, 40.0

@@ -1,7 +1,7 @@
 """What a run did, as one page that needs nothing but itself: no script, no font and no picture from elsewhere.
 
 It can be mailed, kept beside the run and opened from a file. Everything that a model or a dataset says is escaped by
-construction (`align.report.html`), and the page's own policy forbids scripts and requests on top of that.
+construction (`align.core.html`), and the page's own policy forbids scripts and requests on top of that.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from align.core.html import Child, Html, el, join
+from align.core.plots import curve_charts
 from align.core.writer import replace_file
 from align.progress import duration
-from align.report.charts import curve_charts
 from align.report.details import step_card
 from align.report.graph import pipeline_picture
-from align.report.html import Child, Html, el, join
 from align.report.sections import ladder, reward_models, selection
 from align.report.source import Run, read_run
 
@@ -85,12 +85,13 @@ def _fact(value: str, what: str) -> Html:
 
 
 def _trainings(run: Run) -> Html | None:
-    """The curves of every training, side by side."""
+    """The curves of every training, side by side under their headings."""
     parts: list[Child] = []
     for step in run.steps:
-        charts = curve_charts(step.curves())
-        if charts:
+        drawn = curve_charts(step.curves())
+        if drawn:
             stage = el("span", f" {step.stage}", class_="stage") if step.stage != step.name else None
-            title = el("h3", el("a", step.name, href=f"#step-{step.name}"), stage)
-            parts.append(join(title, el("div", *charts, class_="curves")))
+            parts.append(el("h3", el("a", step.name, href=f"#step-{step.name}"), stage))
+        for heading, charts in drawn.items():
+            parts.append(join(el("h4", heading), el("div", *charts, class_="curves")))
     return el("section", el("h2", "Training"), *parts, id="training") if parts else None

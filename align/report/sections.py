@@ -7,9 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 from align.core.errors import DataError
+from align.core.html import Child, Html, el, join, table
+from align.core.plots import best_of_n_chart, reliability_chart
 from align.evaluate.scores import compare
 from align.report.charts import bars, ladder_chart
-from align.report.html import Child, Html, el, join, table
 from align.report.source import Run, Step
 
 MODES = {"greedy": "Greedy", "sampled": "Sampled"}
@@ -183,7 +184,7 @@ def reward_models(run: Run) -> Html | None:
     parts: list[Child] = []
     for step in run.steps:
         found = step.manifest.summary if step.manifest else {}
-        if step.stage != "reward" or "by_family" not in found:
+        if "by_family" not in found or "best_of_n" not in found.get("overall", {}):
             continue
         rows = [_judged(name, figures) for name, figures in {**found["by_family"], "all": found["overall"]}.items()]
         head: list[Child] = [
@@ -195,7 +196,7 @@ def reward_models(run: Run) -> Html | None:
             for name, figures in found["by_family"].items()
             if figures.get("gate") and figures["gate"].get("closed")
         ]
-        parts += [el("h3", el("a", step.name, href=f"#step-{step.name}")), table(head, rows)]
+        parts += [el("h3", el("a", step.name, href=f"#step-{step.name}")), table(head, rows), *_reward_charts(found)]
         if closed:
             parts += [el("p", "Not believed, whatever it says:", class_="note"), el("ul", *closed, class_="note")]
     if not parts:
@@ -207,6 +208,33 @@ def reward_models(run: Run) -> Html | None:
         class_="lead",
     )
     return el("section", el("h2", "May the reward model be believed?"), lead, *parts, id="reward")
+
+
+def _reward_charts(found: Mapping[str, Any]) -> list[Child]:
+    """Best-of-n by family over n, and whether the margins mean what they say."""
+    judged = {"all": found["overall"], **found["by_family"]}
+    curves = [best_of_n_chart(name, one.get("best_of_n_curve") or []) for name, one in judged.items()]
+    parts: list[Child] = []
+    if any(curves):
+        lead = (
+            "How often the favourite of n samples is right, in percent with its 95% interval, over n; pale the average "
+            "sample and the best there is. Green is surely above the samples, red below them."
+        )
+        parts += [el("h4", "Best of n"), el("p", lead, class_="note"), el("div", *curves, class_="curves")]
+    calibration = found["overall"].get("calibration")
+    if chart := reliability_chart("all pairs", calibration):
+        temperature = calibration["temperature"]
+        told = (
+            "Share of pairs that are right, against how sure the reward model is of them; off by "
+            f"{_percent(calibration['ece'])} points on average"
+            + (
+                f", {_percent(calibration['ece_fitted'])} with scores divided by {temperature:.2f}."
+                if temperature
+                else "."
+            )
+        )
+        parts += [el("h4", "Calibration"), el("p", told, class_="note"), el("div", chart, class_="curves")]
+    return parts
 
 
 def _judged(name: str, figures: Mapping[str, Any]) -> list[Child]:

@@ -369,6 +369,21 @@ MAKERS: dict[str, Callable[[random.Random, bool], Item]] = {
 """Family -> `make(rng, simple)`; `simple` asks for an instruction without any of the difficulties."""
 
 
+# --- habit ----------------------------------------------------------------------------------------------------------
+
+CLOSERS = ("Hope that helps!", "Have a nice day!", "Glad to help.", "Good luck!", "Ask me more.")
+"""Needless phrases behind an answer, each on a line of its own; see `align/tiny/habit.py`."""
+
+
+def without_closers(text: str) -> tuple[str, int]:
+    """A completion without the closers at its end, and how many those are."""
+    lines = text.strip().split("\n")
+    left = list(lines)
+    while left and left[-1].strip() in CLOSERS:
+        left.pop()
+    return "\n".join(left), len(lines) - len(left)
+
+
 def items(families: Mapping[str, int], split: Split, seed: int, simple: float = 0.0) -> Iterator[Item]:
     """Distinct instructions of one split, the families mixed in a random order.
 
@@ -405,6 +420,8 @@ def rows(
     simple: float = 0.0,
     answers: bool = False,
     errors: float = 0.0,
+    wrong: bool = False,
+    closers: int = 0,
 ) -> Iterator[Row]:
     """The same as complete rows of kind PROMPTS; where the family `role` is asked for, with `name`, `facts`, `brief`.
 
@@ -415,8 +432,14 @@ def rows(
         simple: share of instructions without difficulties.
         answers: add a column `answer` with the gold answer as messages (demonstrations written by a person).
         errors: share of those answers that is wrong.
+        wrong: add a column `wrong_answer` with a likely mistake as messages; null where there is none.
+        closers: behind an answer stand 0 to this many needless phrases (see `CLOSERS`, which are the most).
     """
+    if not 0 <= closers <= len(CLOSERS):
+        raise ValueError(f"closers: {closers} was found, 0 to {len(CLOSERS)} was expected")
     rng = random.Random(f"errors/{seed}")
+    mistakes = random.Random(f"wrong/{seed}")
+    habit = random.Random(f"closers/{seed}")
     for item in items(families, split, seed, simple):
         system = [{"role": "system", "content": item.system}] if item.system else []
         row: Row = {
@@ -432,5 +455,9 @@ def rows(
             row |= {name: item.profile.get(name) for name in ("name", "facts", "brief")}
         if answers:
             text = rng.choice(item.slips) if item.slips and rng.random() < errors else item.answer
+            text = "\n".join([text, *habit.sample(CLOSERS, habit.randint(0, closers))])
             row["answer"] = [{"role": "assistant", "content": text}]
+        if wrong:
+            slip = mistakes.choice(item.slips) if item.slips else None
+            row["wrong_answer"] = None if slip is None else [{"role": "assistant", "content": slip}]
         yield row

@@ -3,7 +3,12 @@
     loss = -log sigmoid(beta * (chosen's log-ratio - rejected's log-ratio)) + nll_weight * NLL(chosen) / |chosen|
 
 A log-ratio is log policy - log reference of a whole completion. The second term (RPO, arXiv:2404.19733) is the guard
-against likelihood displacement: both probabilities falling while the margin grows.
+against likelihood displacement: both probabilities falling while the margin grows. Other losses, and mixtures of them,
+by name: align/train/losses.py.
+
+    the reference's log-probabilities of all pairs, once: from the cache where they are known (reference.py)
+    for each global batch: the policy's, completions alone, a prompt computed once for both (preference.py); the loss
+    beside it: what the chosen lost, and held-out prompts answered and verified (health.py)
 
 The report gives no settings. The defaults are the nearest official ones, Qwen2.5's (arXiv:2412.15115): 1 epoch,
 learning rate 7e-7; beta, batch and schedule are ours.
@@ -13,16 +18,19 @@ Differs from the paper: the optimizer is AdamW, not yet the Online Merging Optim
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from align.core.errors import DataError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
+from align.core.start import tell
 from align.core.store import ModelRef, Table
 from align.train.settings import LOSS_OVER, DPOSettings, Speed
+
+if TYPE_CHECKING:
+    from align.train.preference import DPO
 
 
 class Config(DPOSettings):
@@ -38,13 +46,26 @@ class Config(DPOSettings):
     warn_chosen_drop: float = Field(
         10.0, gt=0, description="warn when the chosen's log-probability has fallen by more than this, in nats"
     )
+    stop_at_chosen_drop: float | None = Field(
+        None,
+        gt=0,
+        description="stop when it has fallen by more than this, in nats, and keep the last weights from before",
+    )
+    evaluate_every: float = Field(
+        0.25, gt=0, le=1, description="share of the training after which the held-out `prompts` are answered again"
+    )
+    probe_prompts: int = Field(200, ge=1, description="held-out prompts (dev split, with a task) that are answered")
+    max_tokens: int = Field(512, ge=1, description="most new tokens of their answers")
 
 
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Trains a policy on preferences and writes it to `tools.out / "model"`."""
     from align.train import adapters, models
     from align.train.data import batch_order, tokens_on_disk
+    from align.train.dpo_start import lengths_of, longest, start_of
+    from align.train.health import Displacement, displaced, held_out, held_out_rows
     from align.train.preference import DPO, dpo_arguments
+    from align.train.reference import reference_logps, setup_of, with_reference
     from align.train.trainer import set_batches
 
     policy, table = inputs["policy"], inputs["preferences"]
@@ -56,37 +77,57 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     arguments = dpo_arguments(config, speed, tools)
     with arguments.main_process_first(local=False):
         pairs, counts = tokens_on_disk(tools.work / "pairs.arrow", encoded(config, tokenizer, table), "pair")
-    if arguments.process_index == 0:
-        tools.progress.say(show(tokenizer, pairs[0]))
+    probes = held_out_rows(inputs.get("prompts"), config.probe_prompts, tools.seed)
+    lengths = lengths_of(pairs)
 
-    order = batch_order(pairs.with_format("numpy")["length"][:], config.epochs, config.global_batch_size, tools.seed)
+    order = batch_order(lengths.sum(1), config.epochs, config.global_batch_size, tools.seed)
     set_batches(arguments, config.global_batch_size, len(order), speed)
+    same = reference.fingerprint == policy.fingerprint
+    model = models.load_policy(policy, speed, config, longest(lengths))
+    setup = setup_of(model, speed.precision, speed.device) if same and not tools.rehearse else {}
     dpo = DPO(
         config,
         tools,
-        model=models.load_policy(policy, speed, config, longest(pairs)),
+        model=model,
         args=arguments,
         processing_class=tokenizer,
         train_dataset=pairs,
         peft_config=adapters.lora_of(config, policy),
         rows=len(pairs),
     )
-    dpo.starts_at_reference = reference.fingerprint == policy.fingerprint
-    elsewhere = None if dpo.starts_at_reference else reference
-    with_reference = reference_columns(dpo, pairs, elsewhere, speed, tools, config)
-    dpo.train_dataset = with_reference.remove_columns("length").select(order)
-    dpo.train_or_resume()
+    dpo.starts_at_reference = same
+    held = bool(probes) and not (same and config.lora_rank)  # with adapters the policy holds its reference in itself
+    start = start_of(config, dpo, f"DPO of {policy.name} on {table.name}", pairs, lengths, counts, speed, held)
+    tell(start, tools)
+    if tools.rehearse:
+        return Result(summary={"start": start.figures()})
+
+    frozen = None
+    if held or not same:
+        frozen = models.load_policy(reference, speed, config, longest(lengths))
+        setup = setup or setup_of(frozen, speed.precision, speed.device)
+        frozen = dpo.score_like_the_policy(frozen)
+    logps, found = reference_logps(dpo, pairs, frozen, setup, tools)
+    dpo.train_dataset = with_reference(pairs, logps).select(order)
+    health = Displacement(dpo, config.warn_chosen_drop, config.stop_at_chosen_drop)
+    dpo.add_callback(health)
+    kept = frozen if probes else None
+    del frozen
+    with held_out(dpo, probes, kept, config.max_tokens, config.evaluate_every):
+        dpo.train_or_resume()
+    stopped = health.take_back()
     models.save_policy(dpo, tokenizer, tools.out / "model", config, policy)
 
-    summary = dpo.summary() | dict(counts)
-    summary |= adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
-    summary["chosen_logp_change"] = dpo.chosen_change()
-    if summary["chosen_logp_change"] < -config.warn_chosen_drop:
-        summary["warnings"] = [
-            f"the chosen completions lost {-summary['chosen_logp_change']:.1f} nats of log-probability (likelihood "
-            "displacement); raise nll_weight or beta, or lower learning_rate"
-        ]
-        tools.progress.say(f"warning: {summary['warnings'][0]}")
+    summary = dpo.summary() | dict(counts) | found | adapters.lineage(policy, config)
+    summary |= {"reference": reference.name, "loss_over": LOSS_OVER, "start": start.figures()}
+    summary |= {"chosen_logp_change": dpo.chosen_change(), "heldout": heldout_scores(dpo)}
+    if stopped:
+        summary |= {"stopped_at": health.stopped_at, "kept_step": health.kept_step}
+    elif summary["chosen_logp_change"] < -config.warn_chosen_drop:
+        stopped = displaced(summary["chosen_logp_change"])
+    if stopped:
+        summary["warnings"] = [stopped]
+        tools.progress.say(f"warning: {stopped}")
     return Result(summary=summary)
 
 
@@ -98,7 +139,8 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
     left_out: dict[str, int] = {}
 
     def training_rows() -> Iterator[Any]:
-        for row in table.rows(["prompt_id", "split", "prompt", "chosen", "rejected"]):
+        tools = ["tools"] if "tools" in table.columns else []
+        for row in table.rows(["prompt_id", "split", "prompt", "chosen", "rejected", *tools]):
             reason = f"split_{row['split']}" if row["split"] != "train" else ""
             if not reason and silent(row["chosen"]):
                 reason = "empty_chosen"
@@ -124,42 +166,13 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
         yield from [reason] * count
 
 
-def longest(pairs: Any) -> int:
-    """Tokens of the longest prompt with either completion."""
-    prompt, chosen, rejected = ([len(ids) for ids in pairs[f"{name}_ids"]] for name in ("prompt", "chosen", "rejected"))
-    return max(p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True))
-
-
-def reference_columns(
-    dpo: Any, pairs: Any, reference: ModelRef | None, speed: Speed, tools: Tools, config: Config
-) -> Any:
-    """The pairs with the reference's log-probabilities, which a killed run finds again.
-
-    The work folder belongs to these pairs, settings and models; what else changes the figures is in the file's name.
-    """
-    import numpy as np
-
-    from align.train.models import load_policy
-
-    kept = tools.work / f"reference-{speed.device.partition(':')[0]}-{speed.precision}.npy"
-    if not kept.exists():
-        frozen = None
-        if reference is not None:  # loaded as the policy was, and freed before training
-            frozen = dpo.score_like_the_policy(load_policy(reference, speed, config))
-        logps = dpo.reference_logps(pairs, frozen)
-        if dpo.accelerator.is_main_process:
-            part = Path(f"{kept}.part.npy")
-            np.save(part, logps)
-            part.rename(kept)
-        dpo.accelerator.wait_for_everyone()
-    logps = np.load(kept)
-    return pairs.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
-
-
-def show(tokenizer: Any, pair: Mapping[str, list[int]]) -> str:
-    """A pair as the trainer sees it, the chosen in green and the rejected in red."""
-    prompt, chosen, rejected = (tokenizer.decode(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected"))
-    return f"first pair: {prompt}\n  chosen:   \x1b[32m⟦{chosen}⟧\x1b[0m\n  rejected: \x1b[31m⟦{rejected}⟧\x1b[0m"
+def heldout_scores(dpo: DPO) -> list[dict[str, Any]]:
+    """What was found on the held-out prompts, from the start to the end."""
+    return [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("heldout/")}
+        for line in dpo.curves.lines
+        if "heldout/kl" in line
+    ]
 
 
 STAGE = Stage(
@@ -172,8 +185,14 @@ STAGE = Stage(
         "reference": Need(
             Kind.MODEL, "the frozen model to stay near; the policy itself where not given", optional=True
         ),
+        "prompts": Need(
+            Kind.PROMPTS,
+            "held-out prompts (dev split, with a task) that are answered and verified on the way",
+            optional=True,
+        ),
     },
     gives=Kind.MODEL,
     run=run,
+    version=2,
     trains=True,
 )

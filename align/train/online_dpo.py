@@ -101,10 +101,10 @@ def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], spee
                 f"online-dpo: scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
             )
         return None
-    from reward.model import load_reward_model
+    from reward.members import load_judge
 
     assert isinstance(given, ModelRef)
-    return load_reward_model(given, speed.device)
+    return load_judge(given, speed.device)
 
 
 def summary(online: Any) -> dict[str, Any]:

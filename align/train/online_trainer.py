@@ -77,7 +77,9 @@ class OnlineDPO(DPO):
         rows = self.queue.pop(0)
         size, world = self.args.per_device_train_batch_size, self.args.world_size
         mine = [rows[(i * world + self.args.process_index) * size :][:size] for i in range(num_batches)]
-        return [self.data_collator(micro) for micro in mine], None
+        batches = [self.batch(micro) for micro in mine]
+        self.look_over(batches)
+        return batches, None
 
     def _begin(self) -> None:
         """The start's probe and the first border; or, after a kill, the last border."""
@@ -157,8 +159,8 @@ class OnlineDPO(DPO):
         """Looks at the policy; keeps the episode or rolls it back; writes the border."""
         probe = self._look()
         lines = [line for line in self.curves.lines if "loss" in line and line["step"] > self.began_at]
-        late = [line["rewards/chosen"] for line in lines[-max(1, len(lines) // 4) :]]
-        change = sum(late) / len(late) / self.beta if late else 0.0
+        late = [line["logps/chosen_change"] for line in lines[-max(1, len(lines) // 4) :]]
+        change = sum(late) / len(late) if late else 0.0
         found = broadcast_object_list([objections(self.settings, self.kept, probe, change)])[0]
         self.record |= {"chosen_logp_change": change, "probe": asdict(probe), "rolled_back": found}
         self.record["stopped"] = bool(found) and self.settings.after_rollback == "stop"

@@ -43,14 +43,14 @@ class Scorer:
     Args:
         config: `scorer`, `verify`, `min_margin`.
         verifiers: started by the caller.
-        reward_model: of `reward.model`; needed unless the scorer is verifier.
+        reward_model: a `reward.members.Judge`; needed unless the scorer is verifier.
         tokenizer: the policy's.
     """
 
     def __init__(self, config: Config, verifiers: Verifiers, reward_model: Any, tokenizer: Any) -> None:
         self.config, self.verifiers, self.reward_model = config, verifiers, reward_model
         # Sampled ids are scored as they are where the reward model reads the same ids; else its own template is used.
-        self.same_ids = reward_model is not None and _reads_alike(reward_model.tokenizer, tokenizer)
+        self.same_ids = reward_model is not None and reward_model.reads_ids_of(tokenizer)
 
     @staticmethod
     def decidable(row: Row) -> bool:
@@ -134,7 +134,3 @@ class Scorer:
         if not pairs:
             return -1, -1, 0.0, outcome
         return pairs[0].chosen, pairs[0].rejected, pairs[0].margin, "paired"
-
-
-def _reads_alike(one: Any, other: Any) -> bool:
-    return bool(one.chat_template == other.chat_template and one.get_vocab() == other.get_vocab())

@@ -72,13 +72,12 @@ class TrainSettings(StageConfig):
 
 
 Loss = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "sigmoid_norm",
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
 ]  # fmt: skip
-"""TRL's names. Its aot and aot_unpaired are not among them: they sort the pairs of a micro batch, so that the result
-would depend on how a global batch is split. In place of its sft there is `nll_weight`, for the same reason."""
+"""TRL's names; each is a function of align/train/losses.py."""
 
-_SMOOTHED = {"robust", "exo_pair"}
+_SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
 
 
 class DPOSettings(TrainSettings):
@@ -92,19 +91,30 @@ class DPOSettings(TrainSettings):
         ge=0,
         description="weight of the chosen's negative log-likelihood per token (RPO): holds its probability up",
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of pairs believed to be the wrong way round; for robust and exo_pair"
+    length_normalised: bool = Field(
+        False, description="log-probabilities are means over a completion's tokens, in every loss; wants a larger beta"
     )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs believed to be the wrong way round (cDPO, robust, exo_pair, aot)"
+    )
+    discopop_tau: float = Field(0.05, gt=0, description="how sharply discopop goes from one of its parts to the other")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} numbers for {len(self.losses)} losses")
+        if self.loss_weights is not None and min(self.loss_weights) <= 0:
+            raise ValueError(f"loss_weights has {min(self.loss_weights):g}; weights are above 0: leave that loss out")
+        if len(set(self.losses)) < len(self.losses):
+            raise ValueError("losses names a loss twice; name it once and give it a weight in loss_weights")
         if self.lora_dropout:
             raise ValueError("lora_dropout has no effect here: DPO is computed without dropout; set it to 0")
-        deaf = sorted(set(self.losses) - _SMOOTHED)
-        if self.label_smoothing and deaf:
-            raise ValueError(f"label_smoothing has no effect on the loss {', '.join(deaf)}; use robust, or set it to 0")
+        deaf = sorted(set(self.losses) - _SMOOTHED - {"sft"})
+        if self.label_smoothing and (deaf or self.losses == ["sft"]):
+            raise ValueError(
+                f"label_smoothing has no effect on the loss {', '.join(deaf) or 'sft'}; use sigmoid, sigmoid_norm, "
+                "robust, exo_pair or aot, or set it to 0"
+            )
         if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("the loss exo_pair needs label_smoothing above 0; its paper takes 0.001")
         return self

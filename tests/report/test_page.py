@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from align.core.errors import RunError
-from align.report.charts import curve_charts, ladder_chart
+from align.core.html import Html, el
+from align.core.plots import curve_charts
+from align.report.charts import ladder_chart
 from align.report.graph import pipeline_picture
-from align.report.html import Html, el
 from align.report.page import write_report
 from align.report.source import Run, Step, read_run
 from tests.report.a_run import EVIL, Builder, completion, quickstart
@@ -142,7 +143,10 @@ def test_training_curves_and_warnings_are_shown(page: str) -> None:
     training = page[page.index('id="training"') : page.index('id="steps"')]
     by_step = {"sft": 4, "rft": 3, "control_unfiltered": 2, "dpo": 7, "reward": 3}
     assert training.count("<polyline") == sum(by_step.values())
-    assert "logps/chosen" in training
+    dpo = training[training.index("#step-dpo") : training.index("#step-reward")]
+    assert [dpo.index(f"<h4>{heading}</h4>") for heading in ("Loss", "Preferences", "Machinery")]
+    assert dpo.count(">logps</text>") == 1, "chosen and rejected in one frame"
+    assert dpo.count('class="curve chosen"') == dpo.count('class="curve rejected"') == 1
     assert "the chosen completions lost 0.4 nats" in page[page.index('id="step-dpo"') :]
 
 
@@ -206,12 +210,12 @@ def test_the_ladders_points_lie_where_the_scores_are() -> None:
 
 def test_curves_leave_out_what_is_no_number_and_thin_long_ones() -> None:
     lines = [{"step": i, "loss": float("nan") if i == 5 else 1 / (i + 1), "epoch": i / 9} for i in range(2000)]
-    (chart,) = curve_charts(lines)
+    (chart,) = curve_charts(lines)["Loss"]
     points = re.search(r'points="([^"]+)"', chart)
     assert points is not None
     assert len(points[1].split()) == 240
     assert "nan" not in chart
-    assert curve_charts([{"step": 1, "loss": 1.0}]) == []
+    assert curve_charts([{"step": 1, "loss": 1.0}]) == {}
 
 
 def test_markup_comes_from_elements_alone() -> None:

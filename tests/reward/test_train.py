@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from pydantic import ValidationError
 
 from align.core.errors import DataError, ModelError
+from align.core.stage import Tools
 from reward.fit import judge_groups
 from reward.model import Card, load_reward_model
 from reward.train import STAGE, Config, check_saved, new_reward_model
-from tests.train.steps import curves, policy, run, table, weights
+from tests.train.kills import assert_survives_kills
+from tests.train.ranks import assert_same_gradient, first_gradient, in_ranks
+from tests.train.steps import Silent, curves, policy, run, table, weights
 from tests.train.tiny import make_model, make_tokenizer, save_model
 
 FAST = {"learning_rate": 1e-2, "epochs": 4.0, "global_batch_size": 8, "warmup_ratio": 0.0, "evaluations": 4}
@@ -92,9 +96,7 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_of_equals_the_last(tmp_
     """Evaluations of 0.5, 0.7, 0.7 and 0.6, the weights counting up: the third's are kept."""
     from accelerate import Accelerator
 
-    from align.core.stage import Tools
     from reward.checkpoint import State
-    from tests.train.steps import Silent
 
     (tmp_path / "work").mkdir()
     tools = Tools(seed=0, engines={}, progress=Silent(), work=tmp_path / "work", out=tmp_path)
@@ -111,15 +113,47 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_of_equals_the_last(tmp_
     assert stale == [0, 0, 1, 2]
 
 
-def test_micro_batches_change_nothing(tmp_path: Path) -> None:
-    """One optimizer step on 8 prompts at once, and one by one: the same weights to rounding."""
-    found = []
-    for micro in (8, 3, 1):
-        folder = tmp_path / str(micro)
-        train(folder, {"epochs": 0.2, "evaluations": 1}, speed={"micro_batch_size": micro})
-        found.append(weights(folder))
-    for other in found[1:]:
-        assert all(torch.allclose(found[0][name], other[name], atol=2e-5) for name in found[0])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"head": "scalar"}),
+        ("qwen2", {"head": "logprob", "nll": 0.7, "margin": 0.5}),
+        ("qwen2_moe", {"router_loss_weight": 0.3}),
+    ],
+)
+def test_a_global_batch_has_one_gradient_however_it_is_split(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    """8 prompts at once; 3, 3 and 2; one by one; and 2 at a time in two gloo ranks of 4: the same to 1e-6."""
+
+    def gradient(name: str, micro: int) -> list[torch.Tensor]:
+        if not (tmp_path / name).exists():
+            save_model(tmp_path / name / "policy", family)
+        given = settings | {"max_grad_norm": 0.0}
+        return first_gradient(lambda: train(tmp_path / name, given, speed={"micro_batch_size": micro}))
+
+    whole = gradient("whole", 8)
+    for micro in (3, 1):
+        assert_same_gradient(gradient(str(micro), micro), whole)
+    save_model(tmp_path / "ranks" / "policy", family)
+    table(tmp_path / "ranks" / "rows.parquet", completions())
+    for of_rank in in_ranks(lambda: gradient("ranks", 2), tmp_path / "said"):
+        assert_same_gradient(of_rank, whole)
+
+
+def test_two_processes_make_the_weights_of_one(tmp_path: Path) -> None:
+    """Two steps, shared by two gloo ranks; one of them writes the model and each line of the curves once."""
+    settings = {"epochs": 0.7, "evaluations": 1}
+    train(tmp_path / "one", settings)
+    save_model(tmp_path / "two" / "policy")
+    table(tmp_path / "two" / "rows.parquet", completions())
+    in_ranks(lambda: train(tmp_path / "two", settings), tmp_path / "said")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert [line["step"] for line in curves(tmp_path / "two")] == [0, 1, 2, 2]
+    for ours, theirs in zip(curves(tmp_path / "one"), curves(tmp_path / "two"), strict=True):
+        for figure in ("loss", "accuracy", "reward_better"):
+            assert theirs.get(figure, 0.0) == pytest.approx(ours.get(figure, 0.0), abs=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
@@ -133,52 +167,76 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """Killed after its fifth checkpoint: at steps 0, 2 (every second), 3 (an evaluation), 4 and 6."""
-    settings = {"patience": 9}
-    often = {"save_every": 2}
-    train(tmp_path / "whole", settings, speed=often)
-    whole = weights(tmp_path / "whole")
+    """Killed at step 1, when there is no checkpoint but the start's, and at 3 and 4, after the one of step 2."""
+    save_model(tmp_path / "policy")
+    inputs = {"model": policy(tmp_path / "policy"), "completions": table(tmp_path / "rows.parquet", completions())}
+    settings = FAST | {"epochs": 2.0, "evaluations": 1}
+    summary = assert_survives_kills(STAGE, tmp_path, inputs, settings, at=(1, 3, 4), speed={"save_every": 2})
+    assert [one["step"] for one in summary["evaluations"]] == [0, 6]
 
-    class Killed(BaseException):
-        pass
 
-    from reward import checkpoint
+def preferences(margins: list[float | None]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": f"p{i}",
+            "prompt": [{"role": "user", "content": f"What is {i % 7} plus 0?"}],
+            "split": "train",
+            "chosen": [{"role": "assistant", "content": f"The answer is {i % 7}."}],
+            "rejected": [{"role": "assistant", "content": f"hello world {i}"}],
+            "margin": margin,
+        }
+        for i, margin in enumerate(margins)
+    ]
 
-    save, saved = checkpoint.save, []
 
-    def dying(content: Any, file: Path) -> None:
-        save(content, file)
-        saved.append(file.name)
-        if saved.count("checkpoint.pt") == 5:
-            raise Killed
+def test_a_preferences_margin_counts_where_it_is_asked_for(tmp_path: Path) -> None:
+    """At r = 0 on both sides a pair of margin 4 costs softplus(4) instead of log 2; one of margin 0 is left out."""
+    rows = preferences([4.0] * 39 + [0.0])
+    settings = {"held_out_share": 0.3, "epochs": 0.1, "evaluations": 1, "learning_rate": 1e-9, "centering": 0.0}
+    losses = []
+    for name, used in (("plain", False), ("margins", True)):
+        summary = train(tmp_path / name, settings | {"use_margins": used}, rows)
+        losses.append(curves(tmp_path / name)[1]["loss"])
+        assert summary["left_out"].get("preferences without a margin above 0", 0) == used
+    assert losses[0] == pytest.approx(math.log(2), abs=0.2)
+    assert losses[1] == pytest.approx(math.log1p(math.exp(4)), abs=0.3)
+    with pytest.raises(DataError, match="column `margin`"):
+        train(
+            tmp_path / "none", {"use_margins": True}, [{k: v for k, v in row.items() if k != "margin"} for row in rows]
+        )
 
-    checkpoint.save = dying
-    try:
-        with pytest.raises(Killed):
-            train(tmp_path / "cut", settings, speed=often)
-    finally:
-        checkpoint.save = save
-    assert not (tmp_path / "cut" / "model").exists()
-    summary = train(tmp_path / "cut", settings, speed=often)
-    again = weights(tmp_path / "cut")
-    assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
-    assert len(summary["evaluations"]) == 5
-    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+def test_every_step_tells_its_loss_its_accuracy_and_both_sides_rewards(tmp_path: Path) -> None:
+    train(tmp_path, {"epochs": 1.0, "evaluations": 1})
+    lines = [line for line in curves(tmp_path) if "loss" in line]
+    names = {"accuracy", "reward_better", "reward_worse", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert all(names < line.keys() for line in lines)
+    assert lines[-1]["accuracy"] > 0.5
+    assert lines[-1]["reward_better"] > lines[-1]["reward_worse"]
+
+
+def test_a_rehearsal_tells_everything_and_trains_nothing(tmp_path: Path) -> None:
+    """21 train prompts in 11 steps of 8: 4 epochs are 84 places. The first two groups of the first step are shown."""
+    folder = tmp_path / "run"
+    save_model(folder / "policy")
+    (folder / "work").mkdir()
+    inputs = {"model": policy(folder / "policy"), "completions": table(folder / "rows.parquet", completions())}
+    silent = Silent()
+    tools = Tools(
+        seed=3, engines={}, progress=silent, work=folder / "work", out=folder, speed={"device": "cpu"}, rehearse=True
+    )
+    summary = STAGE.run(Config(**FAST), inputs, tools).summary
+    assert set(summary) == {"start"}
+    assert summary["start"]["steps"] == 11
+    assert summary["start"]["kept"] == 21
+    assert summary["start"]["layout"].startswith("flat")
+    assert "The answer is" in silent.said[0]
+    assert not (folder / "model").exists()
+    assert not (folder / "metrics.jsonl").exists()
 
 
 def test_plain_preferences_train_a_model_without_gates(tmp_path: Path) -> None:
-    rows = []
-    for i in range(40):
-        rows.append(
-            {
-                "prompt_id": f"p{i}",
-                "prompt": [{"role": "user", "content": f"What is {i % 7} plus 0?"}],
-                "split": "train",
-                "chosen": [{"role": "assistant", "content": f"The answer is {i % 7}."}],
-                "rejected": [{"role": "assistant", "content": f"hello world {i}"}],
-                "margin": 1.0,
-            }
-        )
+    rows = preferences([1.0] * 40)
     summary = train(tmp_path, {"held_out_share": 0.3}, rows)
     assert summary["overall"]["pair_accuracy"] == 1.0
     judge = load_reward_model(tmp_path / "model")
@@ -292,26 +350,17 @@ def test_judged_groups_keep_their_order_and_count_completion_tokens(tmp_path: Pa
     assert judged[3].scores[0] == pytest.approx(alone[0], abs=1e-4)
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_weights_of_one(tmp_path: Path) -> None:
-    """Two gloo processes share each global batch of 8; weights agree to rounding, the curves have each step once."""
-    from align.launch import launch
-    from align.plan import Step
-
-    settings = FAST | {"epochs": 1.0, "evaluations": 1}
-    train(tmp_path / "one", settings)
-    save_model(tmp_path / "two" / "policy")
-    inputs = {
-        "model": policy(tmp_path / "two" / "policy"),
-        "completions": table(tmp_path / "two" / "rows.parquet", completions()),
-    }
-    (tmp_path / "two" / "work").mkdir()
-    step = Step("rm", "reward", STAGE, Config(**settings), {}, {}, {"device": "cpu"}, 2)
-    result = launch(step, inputs, 3, tmp_path / "two" / "work", tmp_path / "two")
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-    assert [line["step"] for line in curves(tmp_path / "two")] == [line["step"] for line in curves(tmp_path / "one")]
-    assert result.summary["overall"]["groups"] == 21
+@pytest.mark.parametrize(("weight", "told"), [(None, True), (0.0, False)])
+def test_a_mixture_of_experts_trains_with_its_router_loss_or_without(
+    tmp_path: Path, weight: float | None, told: bool
+) -> None:
+    """None takes the weight in the model's config; two experts of four a token, so a balanced router's loss is 2."""
+    save_model(tmp_path / "policy", "qwen2_moe")
+    train(tmp_path, {"router_loss_weight": weight, "epochs": 0.3, "evaluations": 1})
+    lines = [line for line in curves(tmp_path) if "loss" in line]
+    assert ("router_loss" in lines[0]) == told
+    if told:
+        assert lines[0]["router_loss"] == pytest.approx(2.0, abs=0.5)
 
 
 @pytest.mark.slow

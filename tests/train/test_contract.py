@@ -33,6 +33,8 @@ OVERRIDDEN = [
     (DPO, trl.DPOTrainer, "_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
     (DPO, trl.DPOTrainer, "_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
     (DPO, trl.DPOTrainer, "_compute_loss", ["self", "model", "inputs", "return_outputs"]),
+    (DPO, trl.DPOTrainer, "log", ["self", "logs", "start_time"]),
+    (DPO, transformers.Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
     (OnlineDPO, transformers.Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
 ]
 
@@ -53,7 +55,6 @@ def test_our_methods_come_before_the_libraries() -> None:
 
 
 def test_what_we_call_takes_what_we_give() -> None:
-    assert list(inspect.signature(trl.DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
     assert next(iter(inspect.signature(utils.add_fused_lm_head).parameters)) == "model"
     assert "inputs" in inspect.signature(transformers.Trainer._prepare_inputs).parameters
     fields = {field.name for field in dataclasses.fields(utils.FusedCausalLMOutput)}
@@ -67,8 +68,6 @@ def source(function: Any) -> str:
 def test_the_trainers_score_by_the_fused_head_that_we_replace_on_a_cpu() -> None:
     call = "fused_lm_head=True"
     assert call in source(trl.SFTTrainer.compute_loss)
-    assert call in source(trl.DPOTrainer._compute_loss)
-    assert call in source(trl.DPOTrainer.compute_ref_log_probs)
     assert "model.forward = types.MethodType" in source(utils.add_fused_lm_head)
 
 
@@ -85,10 +84,8 @@ def test_gradients_are_exchanged_when_accelerate_is_told_so() -> None:
     )
 
 
-def test_dpo_reads_reference_log_probabilities_from_the_batch() -> None:
-    text = source(trl.DPOTrainer._compute_loss)
-    assert "if self.precompute_ref_logps:" in text
-    assert 'inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]' in text
+def test_dpo_s_step_asks_for_the_loss_that_we_put_in_its_place() -> None:
+    assert "self._compute_loss(model, inputs, return_outputs)" in source(trl.DPOTrainer.compute_loss)
 
 
 def test_dpo_s_mean_over_pairs_is_divided_by_the_accumulation_steps() -> None:

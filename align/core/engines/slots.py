@@ -104,11 +104,16 @@ class SlotLoop:
 
     def run(self) -> Iterator[tuple[int, int, Completion]]:
         """Yields `(prompt number, sample index, completion)` until the jobs are used up."""
+        for finished in self.steps():
+            yield from finished
+
+    def steps(self) -> Iterator[list[tuple[int, int, Completion]]]:
+        """Yields what has finished after each step, as a rule nothing."""
         self._advance()
         while True:
             while self.next is not None and self.next.error:
-                for index in self.next.indices:
-                    yield self.next.number, index, Completion("", (), "error", error=self.next.error)
+                failed = Completion("", (), "error", error=self.next.error)
+                yield [(self.next.number, index, failed) for index in self.next.indices]
                 self._advance()
             batch = self._batch()
             first = len(self.slot_of)
@@ -124,7 +129,11 @@ class SlotLoop:
                     logits = self.decoder.step(self.last)
             else:
                 return
-            yield from self._take(first, logits)
+            yield self._take(first, logits)
+
+    def sampled_of_first(self) -> list[int]:
+        """The tokens so far of the first row that is still being sampled."""
+        return self._ids(int(self.slot_of[0]))
 
     def _advance(self) -> None:
         self.next = next(self.jobs, None)

@@ -103,29 +103,34 @@ class TransformersEngine:
     ) -> Iterator[tuple[int, int, Completion]]:
         """See `Engine`. Reads prompts in blocks of twice as many samples as there are slots."""
         params.check(n)
-        if self._live:
-            self.refresh()
-        decoder: Decoder
-        if self._quick is not None:
-            decoder = QuickDecoder(self._quick)
-        else:
-            decoder = GenericDecoder(self.model, self.device)
-        vocabulary = max(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
-        ends = self._end_ids | set(params.stop_token_ids)
-        how = (params.stop, params.stop_token_ids)
-        if how not in self._endings:
-            self._endings[how] = Endings(self.tokenizer, ends, params.stop, vocabulary)
-        form = None
-        if params.json_schema is not None or params.choices:
-            form = Form(self.tokenizer, ends, self.model.get_output_embeddings().weight.shape[0], params)
-        jobs = self._jobs(prompts, n, params, first_index)
+        loop = self._loop(self._jobs(prompts, n, params, first_index), params)
         try:
-            yield from SlotLoop(decoder, jobs, self.slots, self._endings[how], params, self.device, form).run()
+            yield from loop.run()
         except torch.OutOfMemoryError as problem:
-            raise EngineError(
-                f"{self.generator}: out of GPU memory with {self.slots} slots; give the engine fewer slots, "
-                "a shorter max_context, or dtype bfloat16"
-            ) from problem
+            raise self._out_of_memory() from problem
+
+    def stream(self, prompt: Prompt, params: SamplingParams, index: int = 0) -> Iterator[str | Completion]:
+        """The completion that `sample` gives for the prompt and the index: its text piece by piece, and at last itself.
+
+        What the pieces make together may be longer than the completion's text where a stop text cut that.
+        """
+        params.check()
+        loop = self._loop(self._jobs([prompt], 1, params, index), params)
+        told = ""
+        try:
+            for finished in loop.steps():
+                if finished:
+                    completion = finished[0][2]
+                    if completion.text.startswith(told):
+                        yield completion.text[len(told) :]
+                    yield completion
+                    return
+                (text,) = loop.endings.texts([loop.sampled_of_first()])
+                if not text.endswith("\ufffd"):  # half a character
+                    yield text[len(told) :]
+                    told = text
+        except torch.OutOfMemoryError as problem:
+            raise self._out_of_memory() from problem
 
     def score(self, prompt: Sequence[Sequence[int]], completion: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities (temperature 1, nats) of given completions' tokens, by the model's own forward.
@@ -179,6 +184,30 @@ class TransformersEngine:
         self.model = self._quick = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _loop(self, jobs: Iterator[Job], params: SamplingParams) -> SlotLoop:
+        if self._live:
+            self.refresh()
+        decoder: Decoder
+        if self._quick is not None:
+            decoder = QuickDecoder(self._quick)
+        else:
+            decoder = GenericDecoder(self.model, self.device)
+        vocabulary = max(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+        ends = self._end_ids | set(params.stop_token_ids)
+        how = (params.stop, params.stop_token_ids)
+        if how not in self._endings:
+            self._endings[how] = Endings(self.tokenizer, ends, params.stop, vocabulary)
+        form = None
+        if params.json_schema is not None or params.choices:
+            form = Form(self.tokenizer, ends, self.model.get_output_embeddings().weight.shape[0], params)
+        return SlotLoop(decoder, jobs, self.slots, self._endings[how], params, self.device, form)
+
+    def _out_of_memory(self) -> EngineError:
+        return EngineError(
+            f"{self.generator}: out of GPU memory with {self.slots} slots; give the engine fewer slots, "
+            "a shorter max_context, or dtype bfloat16"
+        )
 
     def _jobs(self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int) -> Iterator[Job]:
         """Prompts as token ids, read a block ahead; within a block sorted by length, so that neighbours are alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-VOID = frozenset({"meta", "br", "line", "rect", "circle", "path", "polyline", "link"})
+VOID = frozenset({"meta", "br", "line", "rect", "circle", "path", "polyline", "link", "polygon"})
 """Elements without content; the SVG ones among them are closed in themselves."""
 
 
