@@ -66,8 +66,9 @@ class Chat:
         from align.core.chat import prompt_ids
 
         messages: Messages = [{"role": "system", "content": system}] if system else []
+        greeting: Messages = [*messages, {"role": "user", "content": "hello"}]
         try:
-            prompt_ids(self.engine.tokenizer, [*messages, {"role": "user", "content": "hello"}])
+            prompt_ids(self.engine.tokenizer, greeting)
         except DataError as problem:
             raise ModelError(f"this model's template takes no system prompt ({problem}); leave it out") from problem
         self.config = self.config.model_copy(update={"system": system})

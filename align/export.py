@@ -1,7 +1,7 @@
 """`align export MODEL out=FOLDER`: full weights that any library loads, checked after writing, and pushed to the Hub.
 
 LoRA adapters are merged in fp32. What is written is loaded again and must give the log-probabilities (of a reward
-model: the scores) that the model in memory gave in the same precision, so a lost head, an untied embedding or a full
+model: the scores) that the model in memory gave with its weights rounded, so a lost head, an untied embedding or a full
 disk shows here and not at the one who downloads it.
 """
 
@@ -89,9 +89,11 @@ def write(model: ModelRef, out: Path, dtype: str = "auto") -> list[str]:
 
     loaded, tokenizer, adapters = _load(model)
     wanted = getattr(torch, dtype) if dtype != "auto" else adapters or loaded.dtype
+    computed = loaded.dtype
     before = _figures(loaded, tokenizer, model)
-    cast(loaded, wanted)
+    cast(loaded, wanted, computed)
     rounded = _figures(loaded, tokenizer, model)
+    cast(loaded, wanted)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     loaded.save_pretrained(part)
@@ -99,6 +101,7 @@ def write(model: ModelRef, out: Path, dtype: str = "auto") -> list[str]:
     _copy_beside(Path(model.path), part)
     del loaded
     again, tokenizer, _ = _load(ModelRef(str(part), model.kind, model.name, ""))
+    cast(again, computed)
     apart = _apart(rounded, _figures(again, tokenizer, model))
     if not apart <= SAME:
         raise ModelError(
@@ -113,15 +116,16 @@ def write(model: ModelRef, out: Path, dtype: str = "auto") -> list[str]:
     return [
         f"{model.name}: {'merged with its base, ' if adapters else ''}{str(wanted).removeprefix('torch.')}, "
         f"{size / 1e6:,.1f} MB in {out}",
-        f"loaded again it is the same ({apart:.1g} {unit}); its precision on disk moves it by at most "
+        f"loaded again it is the same ({apart:.1g} {unit}); rounding its weights moved it by at most "
         f"{_apart(before, rounded):.2g} {unit}",
     ]
 
 
-def cast(model: Any, dtype: Any) -> None:
+def cast(model: Any, *dtypes: Any) -> None:
     """Rounds the weights, in place; what the model computes for itself (the frequencies of its positions) stays."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        for dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
 
 
 def hub_token() -> str:
@@ -187,7 +191,8 @@ def _figures(model: Any, tokenizer: Any, ref: ModelRef) -> list[float]:
     import torch
 
     if ref.kind is Kind.REWARD_MODEL:
-        from reward.model import Card, RewardModel, template_hash
+        from reward.loading import template_hash
+        from reward.model import Card, RewardModel
 
         judge = RewardModel(model, tokenizer, Card(template=template_hash(tokenizer)), ref.name)
         return judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE])
@@ -212,5 +217,3 @@ def _copy_beside(source: Path, to: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and not any(file.match(form) for form in _MADE_ANEW) and not (to / file.name).exists():
             shutil.copyfile(file, to / file.name)
-
-

@@ -1,6 +1,6 @@
 """Does DPO beat a well-tuned SFT on the same chosen completions, where only comparisons show a habit? Three new seeds.
 
-    python benchmarks/habit.py --seeds 21 22 23 --out runs/habit --save benchmarks/results/habit.json
+    python benchmarks/habit.py --seeds 31 32 33 --out runs/habit --save benchmarks/results/habit.json
 
 Runs recipes/habit.yaml once a seed, with larger counts (600 demonstrations, 250 prompts of two samples, 750 held-out
 instructions) and SFT on the chosen with each of `SFT`; the best of them by its own test score, the choice that is
@@ -78,7 +78,7 @@ def figures(run: Path) -> dict[str, Any]:
     """What one seed gave: strict score, correctness and habit of each model, and DPO against the best SFT by mode."""
 
     def scores(name: str) -> dict[str, Any]:
-        summary = Manifest.read(run / f"{name}_strict").summary
+        summary = done(run / f"{name}_strict").summary
         return {
             mode: {
                 "strict": summary["scores"][mode]["overall"]["score"],
@@ -104,7 +104,7 @@ def figures(run: Path) -> dict[str, Any]:
         found["dpo_against_best_sft"][mode] = {"sft": list(SFT)[best], **rounded(tested)}
         against = compare(Table.open(run / "clean_sft_strict"), dpo)[mode]
         found["dpo_against_sft_on_clean"][mode] = rounded(against)
-    found["cpu_seconds"] = round(sum(Manifest.read(m.parent).cpu_seconds for m in run.glob("*/manifest.json")))
+    found["cpu_seconds"] = round(sum(done(m.parent).cpu_seconds for m in run.glob("*/manifest.json")))
     return found
 
 
@@ -118,9 +118,17 @@ def rounded(tested: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def done(step: Path) -> Manifest:
+    """The manifest of a step that has run."""
+    found = Manifest.read(step)
+    if found is None:
+        raise SystemExit(f"{step}: no manifest; the step has not run to its end")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32, 33])
     parser.add_argument("--out", type=Path, default=Path("runs/habit"))
     parser.add_argument("--save", type=Path, default=None, help="JSON file for the figures")
     options = parser.parse_args()

@@ -124,10 +124,10 @@ def figures(seed: int, out: Path) -> dict[str, Any]:
     made = align_run(data(seed), out / str(seed) / "data")
     models = align_run(judges(seed, made), out / str(seed) / "judges")
     found: dict[str, Any] = {
-        "cpu_seconds_data": round(sum(Manifest.read(m.parent).cpu_seconds for m in made.glob("*/manifest.json")))
+        "cpu_seconds_data": round(sum(done(m.parent).cpu_seconds for m in made.glob("*/manifest.json")))
     }
     for head in HEADS:
-        manifest = Manifest.read(models / head)
+        manifest = done(models / head)
         judge = load_reward_model(models / head / "model")
         on_test = report(judged(Table.open(made / "candidates"), models / head / "model"), judge.card.gates)
         families = on_test["by_family"]
@@ -177,6 +177,14 @@ def table(found: dict[int, dict[str, Any]]) -> str:
                 f"| {seed} | {head} | " + " | ".join(cells) + f" | {'missed: ' + failed if failed else 'held'} |"
             )
     return "\n".join(lines)
+
+
+def done(step: Path) -> Manifest:
+    """The manifest of a step that has run."""
+    found = Manifest.read(step)
+    if found is None:
+        raise SystemExit(f"{step}: no manifest; the step has not run to its end")
+    return found
 
 
 def main() -> None:

@@ -64,13 +64,21 @@ def batch_rewards(model: Any, head: Head, coef: float, encoded: Sequence[Encoded
     return in_order(Rewards(model, head, coef)(batch), order)
 
 
-def reward_batch(model: Any, head: Head, encoded: Sequence[Encoded]) -> tuple[dict[str, Any], list[int]]:
+def reward_batch(
+    model: Any, head: Head, encoded: Sequence[Encoded], prompts: Sequence[Sequence[int]] | None = None
+) -> tuple[dict[str, Any], list[int]]:
     """What `Rewards` takes, and the places in `encoded` of its branches.
 
     A scalar head is read at a completion's last token, so a token that nobody reads stands behind it: rows end before
     the last one.
+
+    Args:
+        model: decides whether rows are flat.
+        head: see above.
+        encoded: completions with their prompts.
+        prompts: the places of each prompt's completions; by default those whose prompts are equal are together.
     """
-    prompts = _places_by_prompt(encoded)
+    prompts = prompts or _places_by_prompt(encoded)
     trees = []
     for places in prompts:
         start = _start(encoded[places[0]])

@@ -52,6 +52,7 @@ class Group:
         completions: messages of each.
         values: of each; higher is better.
         counts: how often each was sampled.
+        tools: that the prompt may call, where it has any.
     """
 
     prompt: Messages
@@ -61,11 +62,12 @@ class Group:
     completions: list[list[Message]] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    tools: Any = None
 
 
 def read_groups(
     table: Table, work: Path, held_out_share: float, answers: bool, counts: Counter[str], *,
-    wrong_answers: bool = False, use_margins: bool = False,
+    wrong_answers: bool = False, use_margins: bool = False, filled: Counter[str] | None = None,
 ) -> Iterator[Group]:  # fmt: skip
     """Groups of every prompt in the splits `train` and `dev`.
 
@@ -78,11 +80,13 @@ def read_groups(
         answers: whether the column `answer` (text or messages) is a right completion for a prompt that has none.
         counts: gets what was left out, and why.
         wrong_answers: whether the column `wrong_answer` is a wrong completion for a prompt that has none.
-        use_margins: whether a preference's chosen completion is worth its `margin`; else it is worth 1. The rejected
-            one is worth 0.
+        use_margins: whether a preference's chosen completion is worth its `margin`; else, and where none is known, it
+            is worth 1. The rejected one is worth 0.
+        filled: gets how many prompts were filled from which of the two columns.
     """
-    fill = {"answer": 1.0} if answers else {}
-    fill |= {"wrong_answer": 0.0} if wrong_answers else {}
+    columns = {"answer": 1.0} if answers else {}
+    columns |= {"wrong_answer": 0.0} if wrong_answers else {}
+    filled = Counter() if filled is None else filled
     has_dev = any(row["split"] == "dev" for row in table.rows(["split"]))
     comparisons = "chosen" in table.columns
     for rows in by_prompt(table, work):
@@ -93,22 +97,26 @@ def read_groups(
         held_out = first["split"] == "dev" if has_dev else _fraction(first["prompt_id"]) < held_out_share
         if comparisons:
             for row in rows:
-                margin = row["margin"] if use_margins else 1.0
-                if margin is None or not 0 < margin < math.inf:
+                margin = row["margin"] if use_margins and row["margin"] is not None else 1.0
+                if not 0 < margin < math.inf:
                     counts["preferences without a margin above 0"] += 1
                     continue
                 family = str(row.get("family") or "all")
                 sides = [list(row["chosen"]), list(row["rejected"])]
-                yield Group(row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1])
-        elif group := _group(rows, held_out, fill, counts):
+                yield Group(
+                    row["prompt"], family, held_out, False, sides, [float(margin), 0.0], [1, 1], first.get("tools")
+                )
+        elif group := _group(rows, held_out, counts, columns, filled):
             yield group
 
 
-def _group(rows: list[Row], held_out: bool, fill: Mapping[str, float], counts: Counter[str]) -> Group | None:
+def _group(
+    rows: list[Row], held_out: bool, counts: Counter[str], columns: Mapping[str, float], filled: Counter[str]
+) -> Group | None:
     # of a ranking only the best passes, and the others are not wrong for that: its rewards say more
     absolute = "rank" not in rows[0] and all(row["verdict"] is not None for row in rows)
     family = str(rows[0].get("family") or rows[0].get("task") or "all")
-    group = Group(rows[0]["prompt"], family, held_out, absolute)
+    group = Group(rows[0]["prompt"], family, held_out, absolute, tools=rows[0].get("tools"))
     places: dict[str, int] = {}
     for row in rows:
         value = {"passed": 1.0, "failed": 0.0}.get(row["verdict"]) if absolute else row["reward"]
@@ -127,11 +135,11 @@ def _group(rows: list[Row], held_out: bool, fill: Mapping[str, float], counts: C
             places[text] = len(group.values)
             _add(group, row["completion"], value)
     if absolute and not held_out:
-        for column, value in fill.items():
+        for column, value in columns.items():
             if value not in group.values and rows[0][column]:
                 answer = rows[0][column]
                 _add(group, [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, value)
-                counts[f"prompts filled with the column {column}"] += 1
+                filled[column] += 1
     return group if group.values else None
 
 
@@ -179,7 +187,8 @@ def groups_on_disk(
                 continue
             waiting.append((group, places))
             for place in places:
-                yield {"prompt": group.prompt, "completion": group.completions[place]}
+                tools = {} if group.tools is None else {"tools": group.tools}
+                yield {"prompt": group.prompt, "completion": group.completions[place], **tools}
 
     encoded = encode_demonstrations(tokenizer, rows())
     written: Counter[str] = Counter()

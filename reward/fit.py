@@ -19,6 +19,7 @@ import torch
 
 from align.core.chat import IGNORED
 from align.core.errors import RecipeError, RunError
+from align.core.records import Row
 from align.core.router import RouterLoss
 from align.core.stage import Tools
 from reward.batches import Rewards
@@ -126,14 +127,20 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         sums = torch.zeros(5, device=accelerator.device)  # the loss, and the figures of `BatchLoss`
-        for number, places in enumerate(micro):
-            last = number == len(micro) - 1
+        parts = [[train[int(place)] for place in places] for places in micro]
+        balance = None
+        if router.weight and (len(parts) > 1 or world > 1):
+            balance = _balance(router, objective, model, parts, speed, accelerator)
+        for number, rows in enumerate(parts):
+            last = number == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=speed.bf16):
-                    rows = [train[int(place)] for place in places]
-                    with router.watching():
-                        loss, figures, mask = batch_loss(objective, model, rows, accelerator.device)
-                accelerator.backward(loss / len(mine) + router.term(len(rows) / len(mine), mask))
+                with _computing(speed, accelerator), router.watching():
+                    loss, figures, mask = batch_loss(objective, model, rows, accelerator.device)
+                if balance is None:
+                    routed = router.term(1.0, mask)
+                else:
+                    routed = router.term(world * float(figures[3]) / balance[1], mask, balance[0])
+                accelerator.backward(loss / len(mine) + routed)
                 sums += torch.cat([loss.detach()[None], figures])
         norm = float(accelerator.clip_grad_norm_(trained, schedule.max_grad_norm or math.inf))
         optimizer.step()
@@ -159,6 +166,27 @@ def fit(
         judge.model.gradient_checkpointing_disable()
     judge.model.eval()
     return state.history
+
+
+def _balance(
+    router: RouterLoss, objective: Objective, model: Any, parts: list[list[Row]], speed: Speed, accelerator: Any
+) -> tuple[torch.Tensor, float]:
+    """Shares of the global batch's tokens that go to each expert, (E,), and its tokens: by a pass without gradient.
+
+    So the router loss is that of the global batch, however it is split.
+    """
+    sums: Any = 0.0
+    with torch.no_grad():
+        for rows in parts:
+            with _computing(speed, accelerator), router.watching():
+                _, figures, mask = batch_loss(objective, model, rows, accelerator.device)
+            sums = sums + torch.cat([router.counts(mask), figures[3:]])
+    *sent, passes, tokens = sum_over_processes(sums, accelerator)
+    return torch.tensor(sent, device=accelerator.device) / passes, tokens
+
+
+def _computing(speed: Speed, accelerator: Any) -> Any:
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=speed.bf16)
 
 
 def learning_rate_at(step: int, steps: int, schedule: Schedule) -> float:

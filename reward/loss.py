@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,7 +93,10 @@ def batch_loss(objective: Objective, model: Any, rows: list[Row], device: Any) -
     values = torch.tensor([value for row in rows for value in row["values"]], dtype=torch.float32, device=device)
     groups = torch.tensor([number for number, row in enumerate(rows) for _ in row["values"]], device=device)
     plain: Rewards = getattr(model, "module", model)
-    batch, order = reward_batch(plain.model, plain.head, encoded)
+    # group by group, even where two have one prompt: what is computed doesn't depend on which groups meet
+    ends = np.cumsum([len(row["values"]) for row in rows]).tolist()
+    places = [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    batch, order = reward_batch(plain.model, plain.head, encoded, places)
     rewards = in_order(model(batch), order)
     loss, figures = group_loss(rewards, values, groups, objective)
     if objective.nll:

@@ -10,6 +10,7 @@ import numpy as np
 
 from align.core.chat import IGNORED
 from align.core.cost import shape_of, training_flops, training_seconds
+from align.core.memory import memory_needed, memory_there
 from align.core.start import Batch, Start, group
 from reward.batches import reads_flat
 from reward.fit import Batches, Schedule, Speed, learning_rate_at
@@ -31,6 +32,7 @@ def start_of(
     shape = shape_of(judge.model)
     tokens, learned = (int(np.asarray(train[name]).sum()) for name in ("tokens", "learned"))
     share = len(batches[0]) // processes
+    at_once = min(speed.micro_batch, share)
     passes = len(batches) * len(batches[0]) / len(train)
     precision = "bf16" if speed.bf16 else "fp32"
     flops = training_flops(
@@ -47,7 +49,7 @@ def start_of(
         learned_tokens=learned,
         longest=int(np.max(train["length"])),
         max_length=config.max_length,
-        batch=Batch(len(batches[0]), min(speed.micro_batch, share), math.ceil(share / speed.micro_batch), processes),
+        batch=Batch(len(batches[0]), at_once, math.ceil(share / speed.micro_batch), processes),
         steps=len(batches),
         epochs=config.epochs,
         layout=FLAT if reads_flat(judge.model) else PADDED,
@@ -60,6 +62,16 @@ def start_of(
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{speed.device}, {precision}",
+        memory=memory_needed(
+            judge.model.config,
+            at_once * int(np.max(train["tokens"])),
+            at_once * int(np.max(train["learned"])) if config.head == "logprob" else 0,
+            lora_rank=config.lora_rank,
+            precision=precision,
+            checkpointing=speed.gradient_checkpointing,
+            device=speed.device,
+        ),
+        memory_there=memory_there(speed.device),
         seconds=training_seconds(flops, shape, speed.device, precision),
     )
 
@@ -71,9 +83,9 @@ def _example(tokenizer: Any, row: Mapping[str, Any]) -> Any:
 
 
 def _in_words(config: Config) -> str:
-    terms = ["Bradley-Terry over all better-worse pairs of a prompt"]
-    if config.margin or config.use_margins:
-        terms[0] += f", margin {config.margin:g}{' and what the pair is worth' if config.use_margins else ''}"
+    margins = [f"margin {config.margin:g}"] if config.margin else []
+    margins += ["the pair's own margin"] if config.use_margins else []
+    terms = [", ".join(["Bradley-Terry over all better-worse pairs of a prompt", *margins])]
     if config.centering and config.head == "scalar":
         terms.append(f"{config.centering:g} × centering")
     if config.nll:

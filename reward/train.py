@@ -37,9 +37,8 @@ from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, te
 
 if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
     from reward.batches import Encoded
-    from reward.figures import Judged
     from reward.fit import Speed
-    from reward.model import Gate, RewardModel
+    from reward.model import RewardModel
 
 
 class Config(StageConfig):
@@ -95,6 +94,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     from reward.figures import report
     from reward.fit import Schedule, fit, group_batches, judge_groups
+    from reward.gate import gates_of
     from reward.loss import Objective, encoded_pairs
     from reward.starting import start_of
 
@@ -107,9 +107,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
     counts: Counter[str] = Counter()
+    filled: Counter[str] = Counter()
     groups = read_groups(
         completions, tools.work, config.held_out_share, config.answers, counts,
-        wrong_answers=config.wrong_answers, use_margins=config.use_margins,
+        wrong_answers=config.wrong_answers, use_margins=config.use_margins, filled=filled,
     )  # fmt: skip
     folder = tools.work / f"groups-{accelerator.process_index}"
     train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
@@ -126,7 +127,9 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     history = fit(objective, schedule, judge, train, held_out, batches, speed, accelerator, tools)
 
     judged = judge_groups(judge, held_out)
-    judge.card = replace(judge.card, gates=_gates(config, judged, held_out["absolute"]))
+    labelled = [group for group, absolute in zip(judged, held_out["absolute"], strict=True) if absolute]
+    gates = gates_of(labelled, config.gate_precision, config.gate_wrong, config.gate_gap) if labelled else None
+    judge.card = replace(judge.card, gates=gates)
     if accelerator.is_main_process:
         probe = [*encoded_pairs(held_out[0])[:2], *encoded_pairs(train[0])]
         scores = judge.score_encoded(probe)
@@ -138,10 +141,11 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         "completions": sum(len(values) for values in train["values"]),
         "held_out_prompts": len(held_out),
         "left_out": dict(counts),
+        "filled": dict(filled),
         "start": start.figures(),
         "steps": len(batches),
         "evaluations": history,
-        **report(judged, judge.card.gates),
+        **report(judged, gates),
     }
     return Result(summary=summary)
 
@@ -153,7 +157,7 @@ def _check_columns(config: Config, completions: Table) -> None:
             continue
         if setting == "use_margins" and "chosen" not in completions.columns:  # then the rewards make the margins
             continue
-        raise DataError(f"reward: {setting}=true needs a column `{column}` in {completions.name}; it has none")
+        raise DataError(f"{setting}=true needs a column `{column}` in {completions.name}; it has none")
 
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
@@ -240,23 +244,6 @@ def _with_adapters(model: Any, config: Config, revision: str | None) -> Any:
         modules_to_save=["score"] if scalar else None,
     )
     return get_peft_model(model, adapters)
-
-
-def _gates(config: Config, judged: list[Judged], absolute: list[bool]) -> dict[str, Gate] | None:
-    """A gate for every family with verdicts among its held-out completions; None where there are only comparisons."""
-    from reward.gate import calibrate
-
-    labelled = [group for group, known in zip(judged, absolute, strict=True) if known]
-    if not labelled:
-        return None
-    families = sorted({group.family for group in labelled})
-    return {
-        family: calibrate(
-            [group for group in labelled if group.family == family],
-            config.gate_precision, config.gate_wrong, config.gate_gap,
-        )
-        for family in families
-    }  # fmt: skip
 
 
 def _save(config: Config, judge: RewardModel, folder: Path) -> None:

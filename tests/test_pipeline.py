@@ -23,6 +23,7 @@ from align.core.errors import AlignError, DataError, RunError
 from align.core.manifest import Manifest
 from align.core.store import Table
 from align.fingerprints import step_seed
+from align.folders import prepare
 from align.lock import holder, locked
 from align.pipeline import plan, run
 from align.plan import Recipe
@@ -119,6 +120,15 @@ def test_a_models_card_says_what_made_it_from_what_and_how(tmp_path: Path) -> No
         "python ",
     ):
         assert line in page, line
+
+
+def test_the_curves_of_a_killed_step_are_kept_for_the_attempt_that_goes_on_and_for_no_other(tmp_path: Path) -> None:
+    (tmp_path / "work" / "print").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    prepare(tmp_path, "print")
+    assert (tmp_path / "metrics.jsonl").exists(), "its checkpoint is at some step of these curves"
+    prepare(tmp_path, "other settings")
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_steps_seed_is_its_own_and_the_same_everywhere() -> None:

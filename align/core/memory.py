@@ -54,7 +54,8 @@ def memory_needed(
         `weights`, `gradients`, `optimizer`, `activations`, `logits`, and `reference` where there is one.
     """
     text = config.get_text_config()
-    linear, others, adapters = _count(config, lora_rank, lora_targets, head=labelled > 0)
+    model = _without_weights(config, head=labelled > 0)
+    linear, others, adapters = _count(model, lora_rank, lora_targets)
     low = precision == "bf16"
     frozen = lora_rank > 0
     size = 2 if frozen and low else 4
@@ -63,7 +64,8 @@ def memory_needed(
     if low and not frozen:
         weights += 2 * linear  # autocast keeps what it has rounded until the backward pass is done
     layers = int(text.num_hidden_layers)
-    of_layer, kept = _of_layer(text, low), text.hidden_size * (2 if low else 4)
+    normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    of_layer, kept = _of_layer(text, low, normed), text.hidden_size * (2 if low else 4)
     of_token = layers * kept + of_layer if checkpointing else layers * of_layer
     needed = {
         "weights": weights + 4 * (adapters if frozen else 0),
@@ -77,13 +79,43 @@ def memory_needed(
     return needed
 
 
+def memory_of(
+    model: Any, settings: Any, speed: Any, tokens: int, labelled: int, reference: bool = False
+) -> dict[str, Any]:
+    """What a training tells of its memory before it starts: `memory` by part, and `memory_there`.
+
+    Args:
+        model: that is trained, wrapped or not.
+        settings: of a training stage.
+        speed: its device, precision and gradient_checkpointing.
+        tokens: see `memory_needed`.
+        labelled: see there.
+        reference: see there.
+    """
+    from align.core.engines.decoder import bare_model
+
+    needed = memory_needed(
+        bare_model(model).config,
+        tokens,
+        labelled,
+        lora_rank=settings.lora_rank,
+        lora_targets=settings.lora_targets,
+        quantization=settings.quantization,
+        precision=speed.precision,
+        checkpointing=speed.gradient_checkpointing,
+        reference=reference,
+        device=speed.device,
+    )
+    return {"memory": needed, "memory_there": memory_there(speed.device)}
+
+
 def memory_there(device: str) -> int:
     """Bytes that are free: of the GPU, or of this machine's memory within the limit of its container."""
     if device != "cpu":
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    import psutil
+    import psutil  # comes with accelerate
 
     free = int(psutil.virtual_memory().available)
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
@@ -97,15 +129,20 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def _count(config: Any, rank: int, targets: str | Sequence[str], head: bool) -> tuple[int, int, int]:
-    """Weights of linear layers, all other weights (embeddings and head among them), weights of the adapters."""
+def _without_weights(config: Any, head: bool) -> Any:
+    """The model's modules and shapes; with its language-model head, or without one."""
     import torch
-    from torch import nn
     from transformers import AutoModel, AutoModelForCausalLM
 
-    with torch.device("meta"):  # shapes alone
-        model = (AutoModelForCausalLM if head else AutoModel).from_config(config)
-    top = model.get_output_embeddings() if head else None
+    with torch.device("meta"):
+        return (AutoModelForCausalLM if head else AutoModel).from_config(config)
+
+
+def _count(model: Any, rank: int, targets: str | Sequence[str]) -> tuple[int, int, int]:
+    """Weights of linear layers, all other weights (embeddings and head among them), weights of the adapters."""
+    from torch import nn
+
+    top = model.get_output_embeddings()
     names = [targets] if isinstance(targets, str) else list(targets)
     linear = adapters = 0
     for name, module in model.named_modules():
@@ -116,8 +153,8 @@ def _count(config: Any, rank: int, targets: str | Sequence[str], head: bool) -> 
     return linear, sum(p.numel() for p in model.parameters()) - linear, adapters
 
 
-def _of_layer(text: Any, low: bool) -> int:
-    """Bytes that autograd keeps of a layer for one token."""
+def _of_layer(text: Any, low: bool, normed: bool) -> int:
+    """Bytes that autograd keeps of a layer for one token; more where queries and keys have a norm each."""
     d, heads = int(text.hidden_size), int(text.num_attention_heads)
     width = int(getattr(text, "head_dim", None) or d // heads)
     q, k = heads * width, int(getattr(text, "num_key_value_heads", None) or heads) * width
@@ -125,9 +162,10 @@ def _of_layer(text: Any, low: bool) -> int:
     if experts := getattr(text, "num_experts_per_tok", None):
         f = experts * int(getattr(text, "moe_intermediate_size", None) or f)
         f += int(getattr(text, "shared_expert_intermediate_size", None) or 0)
+    norms = 4 * (2 * q + 2 * k + (q + k) // width) if normed else 0
     if low:  # the norms are computed in fp32
-        return 26 * d + 4 * q + 4 * k + 8 * f + 4 * (heads + 2)
-    return 4 * (6 * d + 2 * q + 2 * k + 4 * f + heads + 2)
+        return 26 * d + 4 * q + 4 * k + 8 * f + 4 * (heads + 2) + norms
+    return 4 * (6 * d + 2 * q + 2 * k + 4 * f + heads + 2) + norms
 
 
 def _of_logits(text: Any, labelled: int, device: str) -> int:

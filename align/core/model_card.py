@@ -7,18 +7,16 @@ measured, how to use it, and what it is not.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from align.core.ancestry import Ancestor, ancestors_of, base_models, hub_id, shown, sources_in
 from align.core.card import Card, cell, plain, read_licenses
-from align.core.errors import DataError
 from align.core.html import Html
-from align.core.manifest import Manifest, Origin
+from align.core.manifest import Origin
 from align.core.plots import best_of_n_chart, charts_of, curve_chart, reliability_chart
 from align.core.plots import picture as drawn
 from align.core.records import Kind
@@ -26,28 +24,12 @@ from align.core.writer import replace_file
 
 PICTURE = "curves.svg"
 MOST_CHARTS = 9
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TRL_TAGS = {"sft": ["trl", "sft"], "dpo": ["trl", "dpo"], "online-dpo": ["trl", "dpo", "online-dpo"]}
 _SPOKEN = {
     "sft": "fine-tuned on demonstrations",
     "dpo": "trained to prefer the chosen completion to the rejected one (DPO, arXiv:2305.18290)",
     "online-dpo": "trained on pairs of its own completions, episode by episode (online DPO, arXiv:2407.10671)",
 }
-
-
-@dataclass(frozen=True)
-class Ancestor:
-    """A step that the model goes back to, or something from outside the run.
-
-    Attributes:
-        name: the step's; of what is from outside, the path or Hub id.
-        manifest: of the step; None for what is from outside.
-        fingerprint: of its content.
-    """
-
-    name: str
-    manifest: Manifest | None
-    fingerprint: str
 
 
 def write_model_card(
@@ -65,7 +47,7 @@ def write_model_card(
     charts = _charts(folder / "metrics.jsonl", card.summary)
     if charts:
         replace_file(folder / "model" / PICTURE, drawn(charts))
-    ancestors = list(_ancestors(folder.parent, origins.values(), set()))
+    ancestors = ancestors_of(origins.values(), folder.parent)
     text = model_card(card, kind, origins, ancestors, more, pictured=bool(charts), adapters=_is_adapter(folder))
     replace_file(folder / "model" / "README.md", text)
 
@@ -77,18 +59,18 @@ def model_card(
     """Its text: the Hub's header, then the page."""
     rewards = kind is Kind.REWARD_MODEL
     stage = card.stage.split()[0] if card.stage else ""
-    outside = [each.name for each in ancestors if each.manifest is None]
-    models = _models(ancestors, origins)
+    outside = [each.path for each in ancestors if each.manifest is None]
+    models = base_models(origins, ancestors)
     header: dict[str, Any] = {
         "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "text-classification" if rewards else "text-generation",
         "tags": list(dict.fromkeys(["align", kind.value, stage, *_TRL_TAGS.get(stage, [])])),
     }
-    if bases := [name for name in models if _on_the_hub(name)]:
-        header["base_model"] = bases[0].partition("@")[0]
+    if bases := [found for name in models if (found := hub_id(name))]:
+        header["base_model"] = bases[0]
         header["base_model_relation"] = "adapter" if adapters else "finetune"
-    if data := [name for name in outside if name not in models and _on_the_hub(name)]:
-        header["datasets"] = list(dict.fromkeys(name.partition("@")[0] for name in data))
+    if data := [found for name in outside if name not in models and (found := hub_id(name))]:
+        header["datasets"] = list(dict.fromkeys(data))
     if licences := {licence for name in models for licence in read_licenses(Path(name)).values()}:
         header["license"] = licences.pop() if len(licences) == 1 else "other"
 
@@ -112,57 +94,15 @@ def _charts(curves: Path, summary: Mapping[str, Any]) -> list[Html]:
     for line in curves.read_text(encoding="utf-8").splitlines() if curves.exists() else []:
         found = json.loads(line)
         lines.append({name: value for name, value in found.items() if isinstance(value, int | float)})
-    shown = [chart for chart in charts_of(lines) if chart.heading != "Machinery" or chart.title in _ALWAYS]
+    curves_of = charts_of(lines)
     overall = summary.get("overall") or {}
     judged = [
         best_of_n_chart("best of n", overall.get("best_of_n_curve") or []),
         reliability_chart("calibration of pairs", overall.get("calibration")),
     ]
-    return [*(curve_chart(chart) for chart in shown), *(chart for chart in judged if chart)][:MOST_CHARTS]
-
-
-_ALWAYS = ("learning_rate", "grad_norm")
-
-
-def _ancestors(run: Path, origins: Any, seen: set[str]) -> Iterator[Ancestor]:
-    """All that something goes back to, each after what it was made from.
-
-    A step of another run is followed into that one, where its folder is named.
-    """
-    for origin in origins:
-        folder = run / origin.step if origin.step else Path(origin.path)
-        name = str(folder.resolve()) if origin.step or folder.exists() else origin.path
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            manifest = Manifest.read(folder) or Manifest.read(folder.parent)
-        except DataError:
-            manifest = None
-        if manifest is None:
-            yield Ancestor(origin.path or origin.name, None, origin.fingerprint)
-            continue
-        yield from _ancestors(folder.parent, [*manifest.inputs.values(), *manifest.engines.values()], seen)
-        yield Ancestor(origin.step or manifest.step, manifest, origin.fingerprint)
-
-
-def _models(ancestors: Sequence[Ancestor], origins: Mapping[str, Origin]) -> list[str]:
-    """What of outside the model's weights go back to: through the inputs `model` and `policy` of each training."""
-    by_step = {each.name: each.manifest for each in ancestors if each.manifest}
-    found: list[str] = []
-    waiting = [origin for name, origin in origins.items() if name in ("model", "policy")]
-    while waiting:
-        origin = waiting.pop()
-        manifest = by_step.get(origin.step or origin.name)
-        if manifest is None:
-            found.append(origin.path or origin.name)
-        else:
-            waiting += [each for name, each in manifest.inputs.items() if name in ("model", "policy")]
-    return found
-
-
-def _on_the_hub(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name.partition("@")[0])) and not Path(name).exists()
+    first = [curve_chart(chart) for chart in curves_of if chart.heading != "Machinery"]
+    last = [curve_chart(chart) for chart in curves_of if chart.title in ("learning_rate", "grad_norm")]
+    return [*(chart for chart in judged if chart), *first, *last][:MOST_CHARTS]
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -208,9 +148,11 @@ def _lineage(ancestors: Sequence[Ancestor]) -> list[str]:
     for each in ancestors:
         done = each.manifest
         if done is None:
-            page.append(f"| `{cell(each.name)}` | from outside | | | fingerprint {each.fingerprint[:12]} |")
+            known = f"content {each.fingerprint[:12]}" if each.fingerprint else ""
+            page.append(f"| `{cell(each.name)}` | from outside | | {known} | |")
             continue
-        made_from = ", ".join(origin.name for origin in [*done.inputs.values(), *done.engines.values()])
+        named = [shown(origin.path, origin.name) for origin in [*done.inputs.values(), *done.engines.values()]]
+        made_from = ", ".join([*named, *map(shown, sources_in(done.settings.get("source")))])
         gives = "model" if done.rows is None else f"{done.rows:,} rows"
         lost = ", ".join(f"{why} {number:,}" for why, number in (done.summary.get("lost") or {}).items() if number)
         cells = [each.name, f"{done.stage} {done.version}", made_from, gives, lost]
@@ -251,6 +193,10 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
         for name, value in summary.items()
         if name not in ("base", "trained", "saved") and _is_short(value)
     ]  # fmt: skip
+    if len(looks := summary.get("heldout") or []) > 1:
+        for name in dict.fromkeys(name for look in (looks[0], looks[-1]) for name in look if name != "step"):
+            ends = " → ".join(f"{look[name]:.4g}" if name in look else "–" for look in (looks[0], looks[-1]))
+            rows.append(f"| {cell(name)}, from start to end | {ends} |")
     return ["", "## Figures", "", "| figure | value |", "|---|---|", *rows] if rows else []
 
 
@@ -332,4 +278,7 @@ def _number(value: float | None) -> str:
 
 
 def _count(number: float) -> str:
-    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+    for size, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:.0f}"

@@ -18,15 +18,16 @@ MOST_POINTS = 240
 MOST_CHARTS = 8
 """Under one heading."""
 
-LEFT_OUT = frozenset({"step", "epoch", "num_tokens", "total_flos", "train_runtime"})
+LEFT_OUT = frozenset({"step", "epoch", "tokens", "supervised_tokens", "num_tokens", "total_flos", "train_runtime"})
 
-HEADINGS = ("Loss", "Held out", "Preferences", "Machinery")
-"""In this order: what is minimised, what it is for, how it gets there, and what a debugger looks at."""
+HEADINGS = ("Learning", "Preferences", "Machinery")
+"""In this order: what is minimised and what it is for, how it gets there, and what a debugger looks at."""
 
 WIDTH, HEIGHT = 230.0, 138.0
 """Of a small chart."""
 
-_SIDES = re.compile(r"(?P<of>.+)/(?P<side>chosen|rejected)(?P<what>_\w+)?")
+_SIDES = re.compile(r"(?P<of>.+)[/_](?P<side>chosen|rejected|better|worse)(?P<what>_\w+)?")
+_COLOURS = {"chosen": "chosen", "better": "chosen", "rejected": "rejected", "worse": "rejected"}
 _FAMILY = re.compile(r"(?P<of>heldout/score)/(?P<family>.+)")
 _MACHINERY = ("learning_rate", "grad_norm", "time", "second", "logits", "entropy", "tokens", "router")
 
@@ -80,9 +81,8 @@ def charts_of(lines: Sequence[Mapping[str, float]]) -> list[Chart]:
 def _heading(name: str) -> str:
     if any(word in name for word in _MACHINERY):
         return "Machinery"
-    if name.startswith(("heldout/", "eval")) or name == "best_of_n":
-        return "Held out"
-    return "Loss" if "loss" in name or name == "mean_token_accuracy" else "Preferences"
+    learning = "loss" in name or name.startswith(("heldout/", "eval")) or name in ("best_of_n", "mean_token_accuracy")
+    return "Learning" if learning else "Preferences"
 
 
 def curve_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, list[Html]]:
@@ -102,7 +102,7 @@ def curve_chart(chart: Chart) -> Html:
     parts: list[Child] = [frame.drawn(chart.title), *_keys([name for name in series if name])]
     told = []
     for name, points in series.items():
-        kind = f" {name}" if name in ("chosen", "rejected") else " pale" if name else ""
+        kind = f" {_COLOURS.get(name, 'pale')}" if name else ""
         x, y = frame.place(*points[-1])
         last = f"{name} {points[-1][1]:.5g} at step {points[-1][0]:g}".strip()
         parts.append(el("polyline", el("title", last), points=frame.line(points), class_=f"curve{kind}"))
@@ -149,11 +149,11 @@ def reliability_chart(title: str, calibration: Mapping[str, Any] | None) -> Html
     bins = (calibration or {}).get("bins") or []
     if len(bins) < 2:
         return None
-    frame = _Frame(50.0, 100.0, 50.0, 100.0)
+    frame = _Frame(50.0, 100.0, 0.0, 100.0)
     most = max(one["pairs"] for one in bins)
     dots = []
     for one in bins:
-        x, y = frame.place(min(100.0, max(50.0, 100 * one["said"])), min(100.0, max(50.0, 100 * one["right"])))
+        x, y = frame.place(min(100.0, max(50.0, 100 * one["said"])), 100 * one["right"])
         told = f"said {100 * one['said']:.0f}%, right {100 * one['right']:.0f}% of {one['pairs']} pairs"
         radius = 2 + 4 * math.sqrt(one["pairs"] / most)
         dots.append(el("circle", el("title", told), cx=f"{x:.1f}", cy=f"{y:.1f}", r=f"{radius:.1f}", class_="dot"))
@@ -224,10 +224,10 @@ class _Frame(NamedTuple):
 
 
 def _keys(names: Sequence[str]) -> list[Html]:
-    """Which colour is which, at the right end of the title's line; families are told by their curves' titles."""
-    sides = [name for name in names if name in ("chosen", "rejected")]
+    """Which colour is which, between the ends of the steps' line; families are told by their curves' titles."""
+    sides = [name for name in names if name in _COLOURS]
     return [
-        el("text", name, x=WIDTH - 10 - 48 * place, y=15, class_=f"tick key end {name}")
+        el("text", name, x=WIDTH - 50 - 52 * place, y=HEIGHT - 6, class_=f"tick key end {_COLOURS[name]}")
         for place, name in enumerate(reversed(sides))
     ]
 

@@ -51,7 +51,7 @@ def stretch(config: Any, name: str, factor: float | None, max_length: int) -> No
             "leave it out, and give a max_length that the model can read"
         )
     rope = text.rope_parameters
-    full = rope["full_attention"] if "full_attention" in rope else rope  # some have other ones for windowed layers
+    full = rope.get("full_attention", rope)  # some models have others for their windowed layers
     kind = full.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise ModelError(

@@ -1,6 +1,6 @@
 """The load-balancing loss of mixture-of-experts models (arXiv:2101.03961, equations 4 to 6), beside any stage's loss.
 
-    E · Σ_e f_e · P_e        f_e: tokens sent to expert e over all tokens;  P_e: mean probability that the router gave it
+    E · Σ_e f_e · P_e        f_e: tokens sent to expert e over all tokens;  P_e: mean probability that it got
 
 both over all layers, tokens and the k experts of a token, so that it is k where every expert gets the same.
 
@@ -107,9 +107,7 @@ class RouterLoss:
         return hook
 
 
-def balance_loss(
-    logits: list[Tensor], top_k: int, mask: Tensor | None = None, sent: Tensor | None = None
-) -> Tensor:
+def balance_loss(logits: list[Tensor], top_k: int, mask: Tensor | None = None, sent: Tensor | None = None) -> Tensor:
     """The loss of one pass, unweighted; see the module.
 
     Args:
@@ -138,14 +136,13 @@ def _sums(logits: list[Tensor], top_k: int, mask: Tensor | None) -> tuple[Tensor
 
 
 def _routers(model: Any) -> list[tuple[Any, int]]:
-    """The router of each layer, and the place of its logits in what it gives, as transformers' models say themselves."""
+    """Each layer's router, and the place of its logits in what it gives, as transformers' models say themselves."""
     found: dict[int, tuple[Any, int]] = {}
     for owner in model.modules():
-        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits")
+        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits") or []
         for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            target = getattr(recorder, "target_class", None)
-            within = getattr(recorder, "layer_name", None) or ""
-            for name, module in owner.named_modules() if target else ():
-                if isinstance(module, target) and within in name:
-                    found[id(module)] = (module, int(getattr(recorder, "index", 0)))
+            within = recorder.layer_name or ""
+            for name, module in owner.named_modules():
+                if isinstance(module, recorder.target_class) and within in name:
+                    found[id(module)] = (module, int(recorder.index))
     return list(found.values())

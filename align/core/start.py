@@ -10,51 +10,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from align.core.cost import Seconds, amount
+from align.core.examples import Example, coloured
+from align.core.examples import group as group
+from align.core.examples import pair as pair
+from align.core.examples import supervised as supervised
 from align.core.stage import Tools
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-IGNORED = -100
 WIDEST = 120
 """Columns of the text, on a terminal that has more."""
 
-SHOWN = {"context": 160, "learned": 320, "rejected": 320}
-"""Characters of a stretch of text; a longer one loses its middle."""
-
-MOST_SPANS = 9
-"""Stretches of one example; of a longer conversation the middle is left out."""
-
 MANY_TOO_LONG = 0.1
 """Share of rows left out as too long from which on it is a warning."""
-
-_STYLES = {"context": "dim", "learned": "green", "rejected": "red"}
-
-
-class Span(NamedTuple):
-    """A stretch of an example's text.
-
-    Attributes:
-        kind: context; learned, which stands in green; or rejected, which the training makes less likely, in red.
-        weight: of its tokens in the loss.
-    """
-
-    text: str
-    kind: Literal["context", "learned", "rejected"] = "context"
-    weight: float = 1.0
-
-
-class Line(NamedTuple):
-    """One line of an example, such as its chosen completion."""
-
-    name: str
-    spans: Sequence[Span]
-
-
-Example = Sequence[Line]
 
 
 class Batch(NamedTuple):
@@ -186,7 +155,7 @@ class Start:
                 screen.print()
             for line in example:
                 name = (f"{line.name}: ", "bold") if line.name else ""
-                screen.print(Padding(Text.assemble(name, _shown(line.spans)), (0, 0, 0, 4)))
+                screen.print(Padding(Text.assemble(name, coloured(line.spans)), (0, 0, 0, 4)))
         if self.examples:
             screen.print()
         table = Table.grid(padding=(0, 2))
@@ -214,82 +183,6 @@ class Start:
 def tell(start: Start, tools: Tools) -> None:
     """Says it; the first process alone has a progress that prints."""
     tools.progress.say(start.text())
-
-
-def supervised(
-    tokenizer: Any, ids: Sequence[int], labels: Sequence[int], weights: Sequence[float] | None = None
-) -> Example:
-    """A row whose supervised tokens are those with a label.
-
-    Args:
-        ids: of the row, (T,).
-        labels: the token itself where the loss counts it, else `IGNORED`; not shifted, (T,).
-        weights: of each token in the loss; 1 each where not given, (T,).
-    """
-    spans: list[Span] = []
-    start = 0
-    marks = [
-        (label != IGNORED, 1.0 if weights is None or label == IGNORED else float(weights[place]))
-        for place, label in enumerate(labels)
-    ]
-    for place in range(1, len(ids) + 1):
-        if place == len(ids) or marks[place] != marks[start]:
-            learned, weight = marks[start]
-            text = tokenizer.decode(list(ids[start:place]))
-            spans.append(Span(text, "learned" if learned else "context", weight))
-            start = place
-    return [Line("", spans)]
-
-
-def pair(tokenizer: Any, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Example:
-    """A pair's prompt, chosen and rejected completion, all as token ids."""
-    return [
-        Line("prompt", [Span(tokenizer.decode(list(prompt)))]),
-        Line("chosen", [Span(tokenizer.decode(list(chosen)), "learned")]),
-        Line("rejected", [Span(tokenizer.decode(list(rejected)), "rejected")]),
-    ]
-
-
-def group(
-    tokenizer: Any, prompt: Sequence[int], completions: Sequence[Sequence[int]], values: Sequence[float], most: int = 4
-) -> Example:
-    """A prompt's completions from the best to the worst, those of the least value in red; all as token ids.
-
-    Args:
-        values: what each completion is worth, (n,).
-        most: completions that are shown: the best and the worst.
-    """
-    order = sorted(range(len(values)), key=lambda place: -values[place])
-    shown = order if len(order) <= most else [*order[: most - most // 2], *order[-(most // 2) :]]
-    lines = [Line("prompt", [Span(tokenizer.decode(list(prompt)))])]
-    for place in shown:
-        kind: Literal["learned", "rejected"] = "rejected" if values[place] == min(values) else "learned"
-        lines.append(Line(f"worth {values[place]:g}", [Span(tokenizer.decode(list(completions[place])), kind)]))
-    return lines
-
-
-def _shown(spans: Sequence[Span]) -> Text:
-    """Spans one after the other; newlines and control characters as signs, so that none of them acts."""
-    from rich.text import Text
-
-    if len(spans) > MOST_SPANS:
-        half = MOST_SPANS // 2
-        spans = [*spans[:half], Span(f" … {len(spans) - 2 * half} more stretches … "), *spans[-half:]]
-    text = Text()
-    for span in spans:
-        shown = _clipped(span.text, SHOWN[span.kind])
-        if span.kind != "context":
-            weight = "" if span.weight == 1 else f"×{span.weight:g} "
-            shown = f"⟦{weight}{shown}⟧"
-        text.append(shown, style=_STYLES[span.kind])
-    return text
-
-
-def _clipped(text: str, most: int) -> str:
-    if len(text) > most + 40:  # else the note would be longer than what it stands for
-        kept = most // 2
-        text = f"{text[:kept]} …{len(text) - 2 * kept:,} characters… {text[-kept:]}"
-    return "".join("↵" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() else "�" for c in text)
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:

@@ -62,6 +62,8 @@ def _rows(config: Config, completions: Table, summary: dict[str, Any]) -> Iterat
                     "reward": max(0.0, 1 - COST * closers) if passed else 0.0,
                     "detail": verdict.detail or (f"{closers} closers" if closers else ""),
                 }
+                if "kept" in row:  # what an earlier stage made of it, which knew nothing of closers
+                    row |= {"kept": passed, "lost": None if passed else "wrong"}
                 tallies.setdefault(mode, Tally(1)).add({"finish_reason": "stop"} | row)
                 habit.setdefault(mode, Counter()).update(
                     completions=1, correct=passed, with_closers=closers > 0, closers=closers

@@ -132,7 +132,7 @@ def _stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, T
         along = 0 if ".lora_A." in name else 1  # A (r, in), B (out, r)
         parts = []
         for side, rank in zip((first, second), ranks, strict=True):
-            shape = list((first.get(name) if name in first else second[name]).shape)
+            shape = list((first | second)[name].shape)
             shape[along] = rank
             parts.append(side[name] if name in side else torch.zeros(shape))
         stacked[name] = torch.cat(parts, along).contiguous()

@@ -17,7 +17,6 @@ Differs from the paper: the optimizer is AdamW, not yet the Online Merging Optim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +25,11 @@ from pydantic import Field
 from align.core.errors import DataError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
-from align.core.start import Batch, Start, pair, tell
+from align.core.start import tell
 from align.core.store import ModelRef, Table
 from align.train.settings import LOSS_OVER, DPOSettings, Speed
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from align.train.preference import DPO
 
 
@@ -66,6 +62,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     """Trains a policy on preferences and writes it to `tools.out / "model"`."""
     from align.train import adapters, models
     from align.train.data import batch_order, tokens_on_disk
+    from align.train.dpo_start import lengths_of, longest, start_of
     from align.train.health import Displacement, displaced, held_out, held_out_rows
     from align.train.preference import DPO, dpo_arguments
     from align.train.reference import reference_logps, setup_of, with_reference
@@ -86,8 +83,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     order = batch_order(lengths.sum(1), config.epochs, config.global_batch_size, tools.seed)
     set_batches(arguments, config.global_batch_size, len(order), speed)
     same = reference.fingerprint == policy.fingerprint
-    longest = int(lengths[:, 0].max() + lengths[:, 1:].max())
-    model = models.load_policy(policy, speed, config, longest)
+    model = models.load_policy(policy, speed, config, longest(lengths))
     setup = setup_of(model, speed.precision, speed.device) if same and not tools.rehearse else {}
     dpo = DPO(
         config,
@@ -100,22 +96,24 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         rows=len(pairs),
     )
     dpo.starts_at_reference = same
-    start = start_of(config, dpo, tokenizer, pairs, lengths, counts, f"DPO of {policy.name} on {table.name}", speed)
+    held = bool(probes) and not (same and config.lora_rank)  # with adapters the policy holds its reference in itself
+    start = start_of(config, dpo, f"DPO of {policy.name} on {table.name}", pairs, lengths, counts, speed, held)
     tell(start, tools)
     if tools.rehearse:
         return Result(summary={"start": start.figures()})
 
     frozen = None
-    if not same or (probes and not config.lora_rank):  # with adapters the policy holds its reference in itself
-        frozen = models.load_policy(reference, speed, config, longest)
+    if held or not same:
+        frozen = models.load_policy(reference, speed, config, longest(lengths))
         setup = setup or setup_of(frozen, speed.precision, speed.device)
         frozen = dpo.score_like_the_policy(frozen)
     logps, found = reference_logps(dpo, pairs, frozen, setup, tools)
     dpo.train_dataset = with_reference(pairs, logps).select(order)
     health = Displacement(dpo, config.warn_chosen_drop, config.stop_at_chosen_drop)
     dpo.add_callback(health)
-    with held_out(dpo, probes, frozen, config.max_tokens, config.evaluate_every):
-        del frozen
+    kept = frozen if probes else None
+    del frozen
+    with held_out(dpo, probes, kept, config.max_tokens, config.evaluate_every):
         dpo.train_or_resume()
     stopped = health.take_back()
     models.save_policy(dpo, tokenizer, tools.out / "model", config, policy)
@@ -141,7 +139,8 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
     left_out: dict[str, int] = {}
 
     def training_rows() -> Iterator[Any]:
-        for row in table.rows(["prompt_id", "split", "prompt", "chosen", "rejected"]):
+        tools = ["tools"] if "tools" in table.columns else []
+        for row in table.rows(["prompt_id", "split", "prompt", "chosen", "rejected", *tools]):
             reason = f"split_{row['split']}" if row["split"] != "train" else ""
             if not reason and silent(row["chosen"]):
                 reason = "empty_chosen"
@@ -165,76 +164,6 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
             yield "too_long"
     for reason, count in left_out.items():
         yield from [reason] * count
-
-
-def lengths_of(pairs: Any) -> npt.NDArray[np.int64]:
-    """Tokens of each pair's prompt, chosen and rejected, (N, 3)."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return np.stack([pc.list_value_length(pairs.data.column(name)).to_numpy() for name in names], 1).astype(np.int64)
-
-
-def start_of(
-    config: Config,
-    dpo: DPO,
-    tokenizer: Any,
-    pairs: Any,
-    lengths: npt.NDArray[np.int64],
-    counts: Mapping[str, int],
-    title: str,
-    speed: Speed,
-) -> Start:
-    """What the training is, told before its first step."""
-    from align.core.cost import shape_of, training_flops, training_seconds
-    from align.train.trainer import learning_rate_factor
-
-    arguments = dpo.args
-    micro, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    rows = micro * accumulated * arguments.world_size
-    steps = max(1, math.ceil(len(pairs) * config.epochs / rows))
-    learned = int(lengths[:, 1:].sum())
-    shape = shape_of(dpo.model)
-    flops = training_flops(
-        shape,
-        tokens=int(lengths.sum() * config.epochs),
-        scored=int(learned * config.epochs),
-        mean_length=float(lengths.sum(1).mean() / 2),
-        only_forward=int(lengths.sum()),
-        recomputed=speed.gradient_checkpointing,
-    )
-    peak = config.learning_rate
-    losses = [
-        f"{weight:g} × {name}" if weight != 1 else name
-        for name, weight in zip(config.losses, config.loss_weights or [1.0] * len(config.losses), strict=True)
-    ]
-    nll = f" + {config.nll_weight:g} × NLL of the chosen" if config.nll_weight else ""
-    return Start(
-        title=title,
-        examples=[pair(tokenizer, *(pairs[0][f"{name}_ids"] for name in ("prompt", "chosen", "rejected")))],
-        unit="pairs",
-        kept=len(pairs),
-        left_out={reason: count for reason, count in counts.items() if reason != "rows"},
-        tokens=int(lengths.sum()),
-        learned_tokens=learned,
-        longest=int((lengths[:, 0] + lengths[:, 1:].max(1)).max()),
-        max_length=config.max_length,
-        batch=Batch(rows=rows, at_once=micro, accumulated=accumulated, processes=arguments.world_size),
-        steps=steps,
-        epochs=config.epochs,
-        layout="flat, without padding, a prompt once for both completions"
-        if dpo.flat
-        else "padded rows, a prompt with each completion: this model's attention can't be taken apart",
-        optimizer=f"AdamW, weight decay {config.weight_decay:g}, clip {config.max_grad_norm:g}",
-        learning_rates=[peak * learning_rate_factor(config, (i + 0.5) / min(steps, 32)) for i in range(min(steps, 32))],
-        scheduler=config.lr_scheduler,
-        loss=f"{' + '.join(losses)} (beta {config.beta:g}){nll}",
-        parameters=shape.parameters,
-        trained=shape.trained,
-        place=f"{speed.device}, {speed.precision}",
-        seconds=training_seconds(flops, shape, speed.device, speed.precision),
-    )
 
 
 def heldout_scores(dpo: DPO) -> list[dict[str, Any]]:

@@ -191,4 +191,4 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]
             dpo.curves.write(dpo.place() | probe.figures())
             score = "" if probe.score is None else f"held-out score {probe.score:.1f}, "
             dpo.tools.progress.say(f"step {dpo.step}: {score}length {probe.length:.0f}, KL {probe.kl:.2f}")
-        dpo.clock = time.monotonic()
+        dpo.curves.since = time.monotonic()  # its tokens a second are those of training alone

@@ -77,7 +77,7 @@ class OnlineDPO(DPO):
         rows = self.queue.pop(0)
         size, world = self.args.per_device_train_batch_size, self.args.world_size
         mine = [rows[(i * world + self.args.process_index) * size :][:size] for i in range(num_batches)]
-        batches = [self.data_collator(micro) for micro in mine]
+        batches = [self.batch(micro) for micro in mine]
         self.look_over(batches)
         return batches, None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -23,7 +22,7 @@ from align.train.head import score_labelled_only
 from align.train.losses import SORTING, Pairs, terms
 from align.train.reference import PairIds
 from align.train.settings import DPOSettings, Speed
-from align.train.trainer import OurTrainer, training_arguments
+from align.train.trainer import OurTrainer, token_mask, training_arguments
 
 SAME = {"fp32": 1e-4, "bf16": 0.03}
 """How far, per token in nats, two computations of the same log-probability may lie apart by rounding."""
@@ -86,15 +85,16 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         flat: whether batches are flat; a model that can't read such is given padded rows.
         starts_at_reference: whether the policy is the reference before the first step; then that is checked at it.
         mean_tokens: of a chosen completion, over the global batch that is under way.
-        clock: when the last step was logged; whoever takes time between two steps sets it on.
+        read: tokens of that batch, over one micro batch's mean share of it.
+        load: what each expert gets of it, see `experts_load`.
     """
 
     settings: DPOSettings
 
     def __init__(self, settings: DPOSettings, tools: Tools, rows: int, **trl: Any) -> None:
         self.starts_at_reference = False
-        self.mean_tokens = 1.0
-        self.clock = time.monotonic()
+        self.mean_tokens, self.read = 1.0, 1.0
+        self.load: Tensor | None = None
         self._seen: list[Tensor] = []
         self._names: tuple[str, ...] = ()
         super().__init__(settings, tools, rows, **trl)
@@ -106,8 +106,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         without_dropout(self.model)
         self.precision = "bf16" if self.args.bf16 else "fp32"
         self.flat = can_be_flat(self.model, self.precision)
-        pad_id = self.processing_class.pad_token_id
-        self.data_collator = lambda pairs: collate_pairs(pairs, self.flat, pad_id)
+        self.data_collator = self.batch
         sorting = sorted(set(settings.losses) & set(SORTING))
         if sorting and (self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1):
             raise RecipeError(
@@ -115,6 +114,10 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
                 f"piece; set micro_batch_size={settings.global_batch_size} (or a smaller global_batch_size) and "
                 "processes=1"
             )
+
+    def batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """See `collate_pairs`; in the layout that the models take."""
+        return collate_pairs(pairs, self.flat, self.processing_class.pad_token_id)
 
     # --- log-probabilities ------------------------------------------------------------------------------------------
 
@@ -163,7 +166,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         for batch in batches[self.args.process_index :: self.args.world_size]:
             rows = [{name: ids for name, ids in pairs[int(i)].items() if name in _IDS} for i in batch]
             with no_grad(), self.accelerator.autocast():
-                logps = self.score(model, self._prepare_inputs(self.data_collator(rows)))
+                logps = self.score(model, self._prepare_inputs(self.batch(rows)))
             mine.append((batch.tolist(), logps.cpu().numpy()))
         model.train(training)
         found = np.empty((len(lengths), 2), np.float32)
@@ -181,9 +184,10 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
 
     def look_over(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Counts, over all processes, what the loss of a micro batch must know of its global batch."""
-        if "sft" in self.settings.losses:
-            tokens = torch.cat([batch["tokens"][:, 0] for batch in batches]).float().mean()
-            self.mean_tokens = self.accelerator.reduce(tokens.to(self.args.device), "mean").item()
+        mine = [[batch["tokens"][:, 0].float().mean(), batch["read"].float()] for batch in batches]
+        means = torch.tensor(mine, device=self.args.device).mean(0)
+        self.mean_tokens, self.read = self.accelerator.reduce(means, "mean").tolist()
+        self.load = self.experts_load(self.model, [self._prepare_inputs(dict(batch)) for batch in batches])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         """The weighted sum of the losses, each a mean over these pairs."""
@@ -203,12 +207,12 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
             self._check_margins(logps.detach(), reference, tokens)
         found = terms(pairs, self.settings)
         loss = torch.stack([weight * value for weight, value in found.values()]).sum()
-        loss = loss + self.router.term(1.0, None if self.flat else inputs["attention_mask"].bool())
+        if self.router.weight:
+            loss = loss + self.router.term(float(inputs["read"]) / self.read, token_mask(inputs), self.load)
         with no_grad():
             figures = self._figures(pairs)
             if len(found) > 1:
                 figures |= {name if name == "nll" else f"loss/{name}": value for name, (_, value) in found.items()}
-            figures["tokens"] = inputs["read"].float()
             self._names = tuple(figures)
             self._seen.append(torch.stack(list(figures.values())).detach())
         return (loss, None) if return_outputs else loss
@@ -223,19 +227,19 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         seen = mean if self.settings.length_normalised else pairs
         margins = self.settings.beta * (seen.c - seen.r)
         each = {
-            "rewards/chosen": self.settings.beta * seen.c,
-            "rewards/rejected": self.settings.beta * seen.r,
             "rewards/margins": margins,
             "rewards/accuracies": (margins > 0).float(),
-            "logps/chosen": pairs.chosen,
-            "logps/rejected": pairs.rejected,
-            "logps/chosen_per_token": mean.chosen,
-            "logps/rejected_per_token": mean.rejected,
             "logps/chosen_change": pairs.c,
             "logps/rejected_change": pairs.r,
             "kl": -(pairs.c + pairs.r) / 2,
+            "logps/chosen": pairs.chosen,
+            "logps/rejected": pairs.rejected,
             "length/chosen": pairs.chosen_tokens,
             "length/rejected": pairs.rejected_tokens,
+            "logps/chosen_per_token": mean.chosen,
+            "logps/rejected_per_token": mean.rejected,
+            "rewards/chosen": self.settings.beta * seen.c,
+            "rewards/rejected": self.settings.beta * seen.r,
         }
         return {name: values.mean() for name, values in each.items()}
 
@@ -244,10 +248,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         if self._seen and "loss" in logs:
             figures = self.accelerator.reduce(torch.stack(self._seen).mean(0), "mean").tolist()
             logs |= dict(zip(self._names, figures, strict=True))
-            now = time.monotonic()
-            tokens = logs.pop("tokens") * len(self._seen) * self.args.world_size
-            logs["tokens_per_s"] = tokens / max(now - self.clock, 1e-9)
-            self.clock = now
+            self.figures = {"tokens": round(self.read * len(self._seen) * self.args.world_size)}
         self._seen.clear()
         super().log(logs, start_time)
 
@@ -255,10 +256,11 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         """Before the first step policy and reference are one model, so all log-ratios must be 0 up to rounding."""
         apart = ((logps - reference).abs() / tokens).max().item()
         if not apart <= SAME[self.precision]:
+            kept = (self.tools.cache or self.tools.work) / "reference"
             raise RunError(
                 f"before the first step the policy's log-probabilities differ from the reference's by {apart:.2g} nats "
                 "a token, though they are one model; the reference was computed otherwise than the policy is, so the "
-                "run stops; remove the step's work folder and run it again, in fp32 if this comes back"
+                f"run stops; remove {self.tools.work} and {kept}, and run it again, in fp32 if this comes back"
             )
 
     def chosen_change(self) -> float:

@@ -134,6 +134,8 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
     )  # fmt: skip
     count = len(steps) // steps.processes
     first = steps[0]["parts"]
+    largest = max(first, key=lambda part: part["input_ids"].numel())
+    memory, there = sft.memory(speed, largest["input_ids"].numel(), int((largest["weights"] > 0).sum()))
     return Start(
         title=title,
         examples=[
@@ -164,6 +166,8 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{speed.device}, {speed.precision}",
+        memory=memory,
+        memory_there=there,
         seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )
 

@@ -73,14 +73,18 @@ def test_adapters_whose_base_is_gone_are_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_find_their_base_from_any_folder_and_none_are_saved_on_top_of_others(
+def test_adapters_find_their_base_from_any_folder_are_laid_upon_others_and_are_exported_whole(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    align(*sft(files, tmp_path, model=files / "lora"))
-    load_reward_model(files / "judge" / "model")
-    said = refused(*sft(files, tmp_path / "b", "lora_rank=2", "save_merged=false", model=files / "lora"))
-    assert "is a LoRA adapter itself" in said and "save_merged=true" in said
+    align(*sft(files, tmp_path, "lora_rank=2", "save_merged=false", model=files / "lora"))
+    assert manifest(tmp_path / "out").summary["saved"].startswith("adapters of base (those of lora and the new ones")
+    assert "merged with its base" in align("export", tmp_path / "out", "out=whole")
+    assert (tmp_path / "whole" / "README.md").exists() and (tmp_path / "whole" / "model.safetensors").exists()
+    align("export", files / "judge", "out=judge")
+    pairs = [([{"role": "user", "content": q}], [{"role": "assistant", "content": "7"}]) for q in QUESTIONS]
+    before, after = (load_reward_model(each).score_many(pairs) for each in (files / "judge" / "model", "judge"))
+    assert after == pytest.approx(before, abs=1e-5)
 
 
 def test_lora_targets_that_the_model_has_not_are_refused_and_one_name_will_do(files: Path, tmp_path: Path) -> None:

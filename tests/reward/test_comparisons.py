@@ -28,11 +28,9 @@ def row(name: str, text: str, verdict: str | None, **more: Any) -> dict[str, Any
     }
 
 
-def read(
-    tmp_path: Path, rows: list[dict[str, Any]], share: float = 0.5, answers: bool = False
-) -> tuple[list[Group], Counter[str]]:
+def read(tmp_path: Path, rows: list[dict[str, Any]], share: float = 0.5) -> tuple[list[Group], Counter[str]]:
     counts: Counter[str] = Counter()
-    groups = list(read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, share, answers, counts))
+    groups = list(read_groups(table(tmp_path / "rows.parquet", rows), tmp_path, share, False, counts))
     return groups, counts
 
 
@@ -80,10 +78,26 @@ def test_a_gold_answer_stands_in_only_where_no_completion_is_right(tmp_path: Pat
         row("b", "7", "passed", answer="never"),
         row("d", "8", "failed", split="dev", answer="7"),
     ]
-    groups, counts = read(tmp_path, rows, answers=True)
+    filled: Counter[str] = Counter()
+    given = table(tmp_path / "rows.parquet", rows)
+    groups = list(read_groups(given, tmp_path, 0.5, True, Counter(), filled=filled))
     assert [group.values for group in groups] == [[0.0, 1.0], [1.0], [0.0]]
     assert groups[0].completions[1] == [{"role": "assistant", "content": "7"}]
-    assert counts["right sides filled with the answer"] == 1
+    assert filled == {"answer": 1}
+
+
+def test_a_wrong_answer_stands_in_only_where_no_completion_is_wrong(tmp_path: Path) -> None:
+    rows = [
+        row("a", "7", "passed", wrong_answer="8"),
+        row("b", "8", "failed", wrong_answer="9"),
+        row("c", "7", "passed", wrong_answer=None),
+    ]
+    filled: Counter[str] = Counter()
+    given = table(tmp_path / "rows.parquet", [*rows, row("d", "1", "passed", split="dev", wrong_answer="2")])
+    groups = list(read_groups(given, tmp_path, 0.5, False, Counter(), wrong_answers=True, filled=filled))
+    assert [group.values for group in groups] == [[1.0, 0.0], [0.0], [1.0], [1.0]]
+    assert groups[0].completions[1] == [{"role": "assistant", "content": "8"}]
+    assert filled == {"wrong_answer": 1}
 
 
 def test_rewards_without_verdicts_are_graded_and_not_absolute(tmp_path: Path) -> None:

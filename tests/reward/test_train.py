@@ -113,21 +113,47 @@ def test_the_weights_of_the_best_evaluation_are_kept_and_of_equals_the_last(tmp_
     assert stale == [0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("settings", [{"head": "scalar"}, {"head": "logprob", "nll": 0.7, "margin": 0.5}])
-def test_a_global_batch_has_one_gradient_however_it_is_split(tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"head": "scalar"}),
+        ("qwen2", {"head": "logprob", "nll": 0.7, "margin": 0.5}),
+        ("qwen2_moe", {"router_loss_weight": 0.3}),
+    ],
+)
+def test_a_global_batch_has_one_gradient_however_it_is_split(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
     """8 prompts at once; 3, 3 and 2; one by one; and 2 at a time in two gloo ranks of 4: the same to 1e-6."""
 
     def gradient(name: str, micro: int) -> list[torch.Tensor]:
+        if not (tmp_path / name).exists():
+            save_model(tmp_path / name / "policy", family)
         given = settings | {"max_grad_norm": 0.0}
         return first_gradient(lambda: train(tmp_path / name, given, speed={"micro_batch_size": micro}))
 
     whole = gradient("whole", 8)
     for micro in (3, 1):
         assert_same_gradient(gradient(str(micro), micro), whole)
-    save_model(tmp_path / "ranks" / "policy")
+    save_model(tmp_path / "ranks" / "policy", family)
     table(tmp_path / "ranks" / "rows.parquet", completions())
     for of_rank in in_ranks(lambda: gradient("ranks", 2), tmp_path / "said"):
         assert_same_gradient(of_rank, whole)
+
+
+def test_two_processes_make_the_weights_of_one(tmp_path: Path) -> None:
+    """Two steps, shared by two gloo ranks; one of them writes the model and each line of the curves once."""
+    settings = {"epochs": 0.7, "evaluations": 1}
+    train(tmp_path / "one", settings)
+    save_model(tmp_path / "two" / "policy")
+    table(tmp_path / "two" / "rows.parquet", completions())
+    in_ranks(lambda: train(tmp_path / "two", settings), tmp_path / "said")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert [line["step"] for line in curves(tmp_path / "two")] == [0, 1, 2, 2]
+    for ours, theirs in zip(curves(tmp_path / "one"), curves(tmp_path / "two"), strict=True):
+        for figure in ("loss", "accuracy", "reward_better"):
+            assert theirs.get(figure, 0.0) == pytest.approx(ours.get(figure, 0.0), abs=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
@@ -164,8 +190,8 @@ def preferences(margins: list[float | None]) -> list[dict[str, Any]]:
 
 
 def test_a_preferences_margin_counts_where_it_is_asked_for(tmp_path: Path) -> None:
-    """At r = 0 on both sides a pair of margin 4 costs softplus(4) instead of log 2; without a margin it is left out."""
-    rows = preferences([4.0] * 39 + [None])
+    """At r = 0 on both sides a pair of margin 4 costs softplus(4) instead of log 2; one of margin 0 is left out."""
+    rows = preferences([4.0] * 39 + [0.0])
     settings = {"held_out_share": 0.3, "epochs": 0.1, "evaluations": 1, "learning_rate": 1e-9, "centering": 0.0}
     losses = []
     for name, used in (("plain", False), ("margins", True)):

@@ -75,13 +75,16 @@ def test_a_right_completion_is_worth_a_tenth_less_for_each_closer_and_a_wrong_on
 
 
 def test_a_pair_is_right_against_wrong_or_fewer_closers_against_more(tmp_path: Path) -> None:
-    """Two equally good ones and two wrong ones make none."""
+    """Two equally good ones and two wrong ones make none. That `reject` found a closer wrong no longer counts."""
     closer = f"\n{CLOSERS[0]}"
     samples = {
         "wrong": [RIGHT + 2 * closer, "#### 8"], "fewer": [RIGHT + 2 * closer, RIGHT + closer],
         "tie": [RIGHT + closer, f"{RIGHT}\n{CLOSERS[1]}"], "none": ["#### 8", "#### 9"],
     }  # fmt: skip
-    rows_, _ = graded(tmp_path, [completion(name, text) for name, texts in samples.items() for text in texts])
+    rows_, _ = graded(
+        tmp_path,
+        [completion(name, text, kept=False, lost="wrong") for name, texts in samples.items() for text in texts],
+    )
     pairs = pair(PairConfig(), {"completions": table(tmp_path / "graded.parquet", rows_)}, tools(tmp_path)).rows
     found = {row["prompt_id"]: (row["chosen_reward"], row["rejected_reward"]) for row in pairs or ()}
     assert found == {"wrong": (0.8, 0.0), "fewer": (0.9, 0.8)}

@@ -27,9 +27,14 @@ OVERRIDDEN = [
     (OurTrainer, transformers.Trainer, "create_scheduler", ["self", "num_training_steps", "optimizer"]),
     (OurTrainer, _BaseTrainer, "_send_telemetry", ["self"]),
     (OurTrainer, transformers.Trainer, "create_model_card", None),
+    (SFT, transformers.Trainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+    (SFT, trl.SFTTrainer, "compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+    (SFT, transformers.Trainer, "floating_point_ops", ["self", "inputs"]),
     (DPO, trl.DPOTrainer, "_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
     (DPO, trl.DPOTrainer, "_precompute_ref_logps", ["self", "dataset", "name", "batch_size"]),
     (DPO, trl.DPOTrainer, "_compute_loss", ["self", "model", "inputs", "return_outputs"]),
+    (DPO, trl.DPOTrainer, "log", ["self", "logs", "start_time"]),
+    (DPO, transformers.Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
     (OnlineDPO, transformers.Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
 ]
 
@@ -50,7 +55,6 @@ def test_our_methods_come_before_the_libraries() -> None:
 
 
 def test_what_we_call_takes_what_we_give() -> None:
-    assert list(inspect.signature(trl.DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
     assert next(iter(inspect.signature(utils.add_fused_lm_head).parameters)) == "model"
     assert "inputs" in inspect.signature(transformers.Trainer._prepare_inputs).parameters
     fields = {field.name for field in dataclasses.fields(utils.FusedCausalLMOutput)}
@@ -64,15 +68,24 @@ def source(function: Any) -> str:
 def test_the_trainers_score_by_the_fused_head_that_we_replace_on_a_cpu() -> None:
     call = "fused_lm_head=True"
     assert call in source(trl.SFTTrainer.compute_loss)
-    assert call in source(trl.DPOTrainer._compute_loss)
-    assert call in source(trl.DPOTrainer.compute_ref_log_probs)
     assert "model.forward = types.MethodType" in source(utils.add_fused_lm_head)
 
 
-def test_dpo_reads_reference_log_probabilities_from_the_batch() -> None:
-    text = source(trl.DPOTrainer._compute_loss)
-    assert "if self.precompute_ref_logps:" in text
-    assert 'inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]' in text
+def test_the_loss_of_sft_is_not_divided_by_accumulation_steps() -> None:
+    text = source(transformers.Trainer.training_step)
+    assert "loss_is_scaled_for_ga = self.loss_is_scaled_for_ga" in text
+    assert "if not loss_is_scaled_for_ga:" in text
+    assert SFT.loss_is_scaled_for_ga is True
+
+
+def test_gradients_are_exchanged_when_accelerate_is_told_so() -> None:
+    assert "self.accelerator.gradient_state._set_sync_gradients(do_sync_step)" in source(
+        transformers.Trainer._run_epoch
+    )
+
+
+def test_dpo_s_step_asks_for_the_loss_that_we_put_in_its_place() -> None:
+    assert "self._compute_loss(model, inputs, return_outputs)" in source(trl.DPOTrainer.compute_loss)
 
 
 def test_dpo_s_mean_over_pairs_is_divided_by_the_accumulation_steps() -> None:

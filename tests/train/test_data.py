@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from align.core.errors import DataError, RecipeError
+from align.train.batches import cut, deal
 from align.train.data import batch_order, tokens_on_disk
 from align.train.settings import Speed, TrainSettings
 from align.train.trainer import learning_rate_factor
@@ -40,6 +41,32 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     lengths = np.arange(40)
     assert (batch_order(lengths, 2.0, 8, 5) == batch_order(lengths, 2.0, 8, 5)).all()
     assert (batch_order(lengths, 2.0, 8, 5) != batch_order(lengths, 2.0, 8, 6)).any()
+
+
+def test_where_nothing_is_padded_chance_alone_decides_which_rows_meet() -> None:
+    """Of 64 rows of lengths 0..63 a batch of 8 then spans about 50."""
+    order = batch_order(np.arange(64), 2.0, 8, seed=1, by_length=False)
+    assert sorted(order[:64]) == sorted(order[64:]) == list(range(64))
+    assert np.ptp(order.reshape(16, 8), axis=1).min() > 20
+
+
+def test_a_step_s_rows_are_dealt_so_that_processes_have_as_much_to_do() -> None:
+    """The longest first, there and back: 9 6 5 2 to the first, 8 7 4 3 to the second; 22 tokens each."""
+    lengths = np.array([2, 3, 4, 5, 6, 7, 8, 9])
+    assert [lengths[share].tolist() for share in deal(lengths, 2)] == [[9, 6, 5, 2], [8, 7, 4, 3]]
+    assert sorted(np.concatenate(deal(np.arange(7), 3))) == list(range(7))
+
+
+def test_micro_batches_hold_so_many_tokens_and_rows_and_never_cut_a_row() -> None:
+    """Flat, 10 tokens: 12 | 6 4 | 4 3 2. Padded, as long as the longest: 12 | 6 | 4 4 | 3 2. Two rows: pairs."""
+    lengths = np.array([12, 6, 4, 4, 3, 2])
+    assert cut(lengths, True, 10, 99) == [[0], [1, 2], [3, 4, 5]]
+    assert cut(lengths, False, 10, 99) == [[0], [1], [2, 3], [4, 5]]
+    assert cut(lengths, True, 99, 2) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_processes_that_must_run_in_step_get_as_many_micro_batches() -> None:
+    assert [len(cut(np.full(n, 5), True, 99, 99, at_least=3)) for n in (6, 3, 2)] == [3, 3, 2]
 
 
 def test_data_smaller_than_a_batch_give_one_step_on_all_of_it() -> None:

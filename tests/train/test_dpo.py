@@ -334,7 +334,8 @@ def test_every_step_tells_of_both_completions_and_of_the_distance_from_the_refer
     for name, value in expected.items():
         assert line[name] == pytest.approx(value, rel=1e-4), name
     assert line["loss"] == pytest.approx(line["loss/hinge"] + line["loss/ipo"] + 0.5 * line["nll"], rel=1e-5)
-    assert line["tokens_per_s"] > 0
+    assert line["tokens"] == sum(len(p) - 1 + len(c) + len(r) for p, c, r in pairs)  # a prompt once for both
+    assert line["tokens_per_second"] > 0
 
 
 # --- the reference's log-probabilities, kept for other runs -----------------------------------------------------------
