@@ -128,6 +128,7 @@ def test_tensorboards_files_hold_each_step_once_after_a_kill(tmp_path: Path) -> 
     opened = open_trackers(given, {"learning_rate": 1e-3})
     for line in LINES[:4]:
         opened.log(line)
+    opened.close()
     again = open_trackers(given, {"learning_rate": 1e-3}, LINES[:3])
     for line in LINES[3:]:
         again.log(line)
