@@ -54,7 +54,7 @@ def test_a_model_learns_its_demonstrations_and_is_written_whole(tmp_path: Path) 
     assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma"])
 def test_other_architectures_take_a_step(tmp_path: Path, family: str) -> None:
     summary, _ = steps.run(STAGE, tmp_path / "sft", inputs(tmp_path, 8, family), QUICK | {"epochs": 1.0})
     assert summary["steps"] == 1
