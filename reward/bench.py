@@ -100,7 +100,7 @@ def _pairs(config: Config, judge: Judge, table: Table, tools: Tools, summary: di
 
 
 def _completions(config: Config, judge: Judge, table: Table, tools: Tools, summary: dict[str, Any]) -> Iterator[Row]:
-    from reward.figures import favourite
+    from reward.figures import best_scored
     from reward.tallies import GroupTally
 
     counts: Counter[str] = Counter()
@@ -119,9 +119,9 @@ def _completions(config: Config, judge: Judge, table: Table, tools: Tools, summa
             counts["one_sided"] += 1
             continue
         whole = not any(map(isnan, group.scores))  # a prompt that the model can't read all of is not passed
-        counts["ties"] += whole and list(group.scores).count(max(group.scores)) > 1
+        counts["ties"] += whole and len(set(best_scored(group))) > 1
         passed, items = right.get(group.family, (0, 0))
-        right[group.family] = passed + (whole and favourite(group) == max(group.values)), items + 1
+        right[group.family] = passed + (whole and min(best_scored(group)) == max(group.values)), items + 1
     _tell(config, "best-of-n", dict(sorted(right.items())), counts, table, tools, summary)
     summary.update(tally.report(judge.gates))
 

@@ -79,13 +79,13 @@ def figures(groups: Sequence[Judged], gates: dict[str, Gate] | None) -> dict[str
 
 def best_of_n(groups: Sequence[Judged]) -> float:
     """The mean value of each group's favourite; of equal scores the worse one counts. 0 for no groups."""
-    return float(np.mean([favourite(group) for group in groups])) if groups else 0.0
+    return float(np.mean([min(best_scored(group)) for group in groups])) if groups else 0.0
 
 
-def favourite(group: Judged) -> float:
-    """The value of the completion that scores highest; of equal scores the worse one counts."""
+def best_scored(group: Judged) -> list[float]:
+    """The values of the completions that score highest: of one, unless scores are equal."""
     top = max(group.scores)
-    return min(value for value, score in zip(group.values, group.scores, strict=True) if score == top)
+    return [value for value, score in zip(group.values, group.scores, strict=True) if score == top]
 
 
 def sampled(group: Judged) -> float:

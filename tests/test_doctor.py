@@ -166,6 +166,15 @@ class TestTheStagesThemselves:
         assert found.exit_code == 2
         assert "a model would never learn to stop" in found.stderr
 
+    def test_online_dpo_tells_its_episodes_and_samples_nothing(self, folder: Path) -> None:
+        """9 prompts, none set aside (a tenth is under one): 2 episodes of 4 prompts, each a step and one more."""
+        save_model(folder / "model")
+        given = [f"policy={folder / 'model'}", "prompts=rows.jsonl", "device=cpu", "scorer=verifier", "max_tokens=8"]
+        found = doctor("online-dpo", *given, "episodes=2", "prompts_per_episode=4", "global_batch_size=4")
+        assert found.exit_code == 0, found.stderr
+        assert "2, each of 4 prompts × 8 completions of at most 8 tokens; scored by the verifiers" in found.stdout
+        assert "at most 4 of 4 prompts" in found.stdout
+
     def test_rows_that_are_all_too_long_or_empty_are_refused(self, folder: Path) -> None:
         found = self.sft(folder, "max_length=8")
         assert found.exit_code == 2

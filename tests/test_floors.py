@@ -135,6 +135,7 @@ def test_the_keys_of_a_stage_do_not_collide(verb: str) -> None:
         "micro_batch_size",
         "gradient_checkpointing",
         "save_every",
+        "report_to",
     }
     assert set(stage.reads) <= set(stage.config.model_fields) and set(stage.optional_engines) <= set(stage.engines)
 

@@ -129,10 +129,11 @@ def _data(card: Card) -> list[str]:
     page += [f"- {name}: {what}" for name, what in card.inputs.items()]
     if start:
         unit = start["unit"]
-        page += [
-            f"- {start['kept']:,} {unit} trained on, {start['tokens']:,} tokens an epoch, {start['learned_tokens']:,} "
-            f"of them learned; the longest of the {unit} has {start['longest']:,}"
-        ]
+        tokens = (
+            f", {start['tokens']:,} tokens an epoch, {start['learned_tokens']:,} of them learned; the longest of the "
+            f"{unit} has {start['longest']:,}"
+        )
+        page.append(f"- {start['kept']:,} {unit} trained on{tokens if start['tokens'] else ''}")
         left_out = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in start["left_out"].items() if n)
         page += [f"- left out: {left_out}"] if left_out else []
         page += [f"- {start['steps']:,} steps of {start['batch']['rows']} {unit}; {start['layout']}; {start['place']}"]

@@ -54,12 +54,15 @@ class Start:
         unit: what a row is: rows, pairs, prompts.
         kept: rows to train on.
         left_out: how many rows by reason (`too_long`, `split_dev`).
-        tokens: of the kept rows, one epoch; of a prompt that several completions share, once.
+        tokens: of the kept rows, one epoch; of a prompt that several completions share, once. 0 where they are only
+            sampled yet.
         learned_tokens: those of them that the loss counts.
         longest: row, in tokens.
         max_length: what a row may have.
         batch: see `Batch`.
         steps: optimizer steps.
+        at_most: whether they may be fewer.
+        episodes: of sampling and training, in words, where there are any.
         epochs: passes over the rows.
         layout: how rows lie in a batch and why: `flat, without padding: attention row by row on a CPU`.
         optimizer: `AdamW, weight decay 0.1, clip 1.0`.
@@ -78,9 +81,6 @@ class Start:
     title: str
     examples: Sequence[Example]
     kept: int
-    tokens: int
-    learned_tokens: int
-    longest: int
     batch: Batch
     steps: int
     epochs: float
@@ -91,8 +91,13 @@ class Start:
     parameters: int
     trained: int
     place: str
+    tokens: int = 0
+    learned_tokens: int = 0
+    longest: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     unit: str = "rows"
+    at_most: bool = False
+    episodes: str = ""
     max_length: int | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
     memory_there: int | None = None
@@ -121,14 +126,18 @@ class Start:
         """Each fact under its name, for a table."""
         batch = self.batch
         at_once = f"{batch.at_once} at once × {batch.accumulated} accumulated × {_plural(batch.processes, 'process')}"
-        most = f", at most {batch.tokens_at_once:,} tokens at once" if batch.tokens_at_once else ""
+        at_once += f", at most {batch.tokens_at_once:,} tokens at once" if batch.tokens_at_once else ""
+        most = "at most " if self.at_most else ""
         share = self.learned_tokens / max(1, self.tokens)
         limit = f" of at most {self.max_length:,}" if self.max_length else ""
         found = {
             self.unit: f"{self.kept:,} to train on" + _reasons(self.left_out),
             "tokens": f"{self.tokens:,}, of which {self.learned_tokens:,} are learned ({share:.0%}); "
-            f"the longest of the {self.unit} has {self.longest:,}{limit}",
-            "steps": f"{self.steps:,} of {batch.rows} {self.unit} ({at_once}{most}); {_plural(self.epochs, 'epoch')}",
+            f"the longest of the {self.unit} has {self.longest:,}{limit}"
+            if self.tokens
+            else "",
+            "episodes": self.episodes,
+            "steps": f"{most}{self.steps:,} of {batch.rows} {self.unit} ({at_once}); {_plural(self.epochs, 'epoch')}",
             "layout": self.layout,
             "loss": self.loss,
             "optimizer": f"{self.optimizer}; learning rate {_path(self.learning_rates, self.scheduler)}",

@@ -14,6 +14,8 @@ from align.report.charts import bars, ladder_chart
 from align.report.source import Run, Step
 
 MODES = {"greedy": "Greedy", "sampled": "Sampled"}
+BENCHES = {"pairs": "Chosen above rejected", "best-of-n": "Favourite right"}
+"""What a score is a share of, by mode: of policies, and of reward models."""
 
 
 def ladder(run: Run) -> Html | None:
@@ -52,14 +54,19 @@ def _chart(steps: Sequence[Step]) -> Html:
 
 def _label(step: Step) -> str:
     """The model that was evaluated; the step's own name where it is not known."""
-    models = [origin.name for origin in step.manifest.engines.values()] if step.manifest else []
-    return models[0] if models else step.name
+    if step.manifest is None:
+        return step.name
+    models = [origin.name for origin in step.manifest.engines.values()]
+    judges = [origin.name for name, origin in step.manifest.inputs.items() if name == "reward_model"]
+    return next(iter([*models, *judges]), step.name)
 
 
-def _tables(steps: Sequence[Step], against: Mapping[str, Step | None]) -> list[Html]:
+def _tables(
+    steps: Sequence[Step], against: Mapping[str, Step | None], modes: Mapping[str, str] = MODES
+) -> list[Html]:
     """A table for each mode: whole, by family, and against the step that `against` has under each one's name."""
     found = []
-    for mode, title in MODES.items():
+    for mode, title in modes.items():
         shown = [step for step in steps if mode in step.scores]
         if not shown:
             continue
@@ -199,6 +206,10 @@ def reward_models(run: Run) -> Html | None:
         parts += [el("h3", el("a", step.name, href=f"#step-{step.name}")), table(head, rows), *_reward_charts(found)]
         if closed:
             parts += [el("p", "Not believed, whatever it says:", class_="note"), el("ul", *closed, class_="note")]
+    benches = [step for step in run.steps if BENCHES.keys() & step.scores.keys()]
+    if benches:
+        before = {step.name: bench for bench, step in pairwise(benches)}
+        parts += [el("h3", "On labelled data"), *_tables(benches, before, BENCHES)]
     if not parts:
         return None
     lead = el(

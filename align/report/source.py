@@ -91,8 +91,8 @@ class Run:
 
     @property
     def evaluations(self) -> list[Step]:
-        """The steps that have scores."""
-        return [step for step in self.steps if step.scores]
+        """The steps that have scores of a policy's answers."""
+        return [step for step in self.steps if {"greedy", "sampled"} & step.scores.keys()]
 
 
 def read_run(folder: Path) -> Run:

@@ -22,6 +22,7 @@ from typing import Any
 from align.core.errors import ModelError, RunError
 from align.core.records import Kind
 from align.core.stage import Asks, Need, Result, Stage, Tools
+from align.core.start import tell
 from align.core.store import ModelRef, Table
 from align.train.online_settings import Config
 from align.train.settings import LOSS_OVER, Speed
@@ -33,6 +34,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     from align.train import adapters, models
     from align.train.episodes import Prompts
+    from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
     from align.train.scoring import Scorer
@@ -62,6 +64,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     model = models.load_policy(policy, speed, config)
     models.stop_at_end_of_turn(model, tokenizer)
+    title = f"online DPO of {policy.name} on {table.name}"
     with Verifiers(say=tools.progress.say) as verifiers:
         online = OnlineDPO(
             config,
@@ -76,6 +79,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             peft_config=adapters.lora_of(config, policy),
         )
         online.starts_at_reference = same
+        start = start_of(config, online, title, prompts, most_steps, frozen is not None)
+        tell(start, tools)
+        if tools.rehearse:
+            return Result(summary={"start": start.figures()})
         online.train()
     if not any(record["pairs"] for record in online.records):
         outcomes = ", ".join(f"{n} {reason}" for reason, n in online.records[0]["outcomes"].items())
@@ -85,6 +92,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         )
     models.save_policy(online, tokenizer, tools.out / "model", config, policy)
     about = adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
+    about["start"] = start.figures()
     return Result(summary=summary(online) | about)
 
 

@@ -151,8 +151,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         """Puts the trainer's head and attention on a reference model, and the model where the trainer's is."""
         add_fused_lm_head(reference)
         self.flat = self.flat and can_be_flat(reference, self.precision)
-        if self.args.use_cpu:
-            score_labelled_only(reference)
+        score_labelled_only(reference)
         return reference.to(self.args.device).eval().requires_grad_(False)
 
     def _logps(self, pairs: Sequence[PairIds], model: Any) -> npt.NDArray[np.float32]:

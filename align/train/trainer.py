@@ -125,6 +125,8 @@ class OurTrainer:
     remove_callback: Any
     train: Any
     announces = True
+    own_head: bool
+    """Whether the model has the head of align/train/head.py, and not TRL's."""
     figures: dict[str, float]
     """Of the last step, for its line of the curves: `tokens`, `supervised_tokens`."""
 
@@ -150,8 +152,8 @@ class OurTrainer:
         self.curves = Curves(tools, self)
         self.add_callback(self.curves)
         self.add_callback(Marks())
+        self.own_head = score_labelled_only(self.model)
         if self.args.use_cpu:
-            score_labelled_only(self.model)
             keep_freed_memory()
 
     def train_or_resume(self) -> None:
@@ -221,10 +223,11 @@ class OurTrainer:
         """Nothing leaves the machine."""
 
 
-def layout_of(model: Any, speed: Speed) -> tuple[bool, str]:
-    """Whether rows lie one behind the other without padding, and why, in words."""
-    if not can_be_flat(model, speed.precision):
-        return False, "padded, rows of like length together: this model's attention can't be taken apart by rows"
+def layout_of(model: Any, speed: Speed, own_head: bool) -> tuple[bool, str]:
+    """Whether rows lie one behind the other without padding, and why, in words; `own_head`: it has the head of ours."""
+    if not own_head or not can_be_flat(model, speed.precision):
+        why = "this model's attention can't be taken apart by rows" if own_head else "this model scales its logits"
+        return False, f"padded, rows of like length together: {why}"
     varlen = speed.device != "cpu" and speed.precision == "bf16"
     return True, f"flat, without padding: attention {'over rows of unlike length (varlen)' if varlen else 'row by row'}"
 
@@ -275,7 +278,7 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
                 f"global_batch_size: a step of {min(batch, rows)} rows can't be shared by {processes} processes; "
                 "use more rows, or fewer processes"
             )
-        flat, self.layout = layout_of(self.model, speed)
+        flat, self.layout = layout_of(self.model, speed, self.own_head)
         return {
             "batch": batch,
             "processes": processes,
@@ -286,7 +289,7 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
         }
 
     def memory(self, speed: Speed, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
-        """Bytes that micro batches of so many tokens need, by part; and those there are, the weights' among them."""
+        """Bytes that micro batches of so many tokens need, by part; and those that are there, the model's included."""
         settings = self.settings
         needed = memory_needed(
             self.model.config,

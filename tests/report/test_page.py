@@ -13,12 +13,12 @@ import pytest
 
 from align.core.errors import RunError
 from align.core.html import Html, el
-from align.core.plots import curve_charts
+from align.core.plots import best_of_n_chart, charts_of, curve_charts, reliability_chart
 from align.report.charts import ladder_chart
 from align.report.graph import pipeline_picture
 from align.report.page import write_report
 from align.report.source import Run, Step, read_run
-from tests.report.a_run import EVIL, Builder, completion, quickstart
+from tests.report.a_run import EVIL, Builder, completion, quickstart, reward_summary
 
 
 class Read(HTMLParser):
@@ -144,7 +144,7 @@ def test_training_curves_and_warnings_are_shown(page: str) -> None:
     by_step = {"sft": 4, "rft": 3, "control_unfiltered": 2, "dpo": 7, "reward": 3}
     assert training.count("<polyline") == sum(by_step.values())
     dpo = training[training.index("#step-dpo") : training.index("#step-reward")]
-    assert [dpo.index(f"<h4>{heading}</h4>") for heading in ("Loss", "Preferences", "Machinery")]
+    assert [dpo.index(f"<h4>{heading}</h4>") for heading in ("Learning", "Preferences", "Machinery")]
     assert dpo.count(">logps</text>") == 1, "chosen and rejected in one frame"
     assert dpo.count('class="curve chosen"') == dpo.count('class="curve rejected"') == 1
     assert "the chosen completions lost 0.4 nats" in page[page.index('id="step-dpo"') :]
@@ -210,12 +210,72 @@ def test_the_ladders_points_lie_where_the_scores_are() -> None:
 
 def test_curves_leave_out_what_is_no_number_and_thin_long_ones() -> None:
     lines = [{"step": i, "loss": float("nan") if i == 5 else 1 / (i + 1), "epoch": i / 9} for i in range(2000)]
-    (chart,) = curve_charts(lines)["Loss"]
+    (chart,) = curve_charts(lines)["Learning"]
     points = re.search(r'points="([^"]+)"', chart)
     assert points is not None
     assert len(points[1].split()) == 240
     assert "nan" not in chart
     assert curve_charts([{"step": 1, "loss": 1.0}]) == {}
+
+
+CURVE = [
+    {"n": n, "groups": 40, "sampled": 0.5, "best_of_n": best, "oracle": 0.9, "low": best - 0.1, "high": best + 0.1,
+     "gain_low": best - 0.6, "gain_high": best - 0.4}
+    for n, best in ((1, 0.5), (2, 0.6), (4, 0.8))
+]  # fmt: skip
+
+
+def test_best_of_n_is_drawn_over_doublings_and_is_green_where_it_is_surely_above_samples() -> None:
+    """The frame runs from 40% (y = 116) to 90% (y = 26) and from n = 1 (x = 44) over 2 (x = 132) to 4 (x = 220)."""
+    chart = best_of_n_chart("math", CURVE)
+    assert chart is not None
+    assert 'points="44.0,98.0 132.0,80.0 220.0,44.0" class="curve chosen"' in chart
+    assert "best of 4: 80.0%, samples 50.0% (surely above samples)" in chart
+    worse = [one | {"gain_low": -0.3, "gain_high": -0.1} for one in CURVE]
+    assert 'class="curve rejected"' in (best_of_n_chart("math", worse) or "")
+    unsure = [one | {"gain_low": -0.1, "gain_high": 0.1} for one in CURVE]
+    assert 'class="curve"' in (best_of_n_chart("math", unsure) or "")
+    assert best_of_n_chart("math", CURVE[:1]) is None
+
+
+def test_calibration_shows_pairs_that_are_less_often_right_than_a_coin() -> None:
+    """From 50% said (x = 44) to 100% (x = 220), from 0% right (y = 116) to 100% (y = 26)."""
+    bins = [{"said": 0.75, "right": 0.25, "pairs": 9}, {"said": 1.0, "right": 1.0, "pairs": 4}]
+    chart = reliability_chart("all", {"bins": bins})
+    assert chart is not None
+    assert 'cx="132.0" cy="93.5" r="6.0"' in chart and 'cx="220.0" cy="26.0"' in chart
+    assert reliability_chart("all", None) is None
+
+
+def test_a_reward_models_curves_and_calibration_stand_under_its_table(tmp_path: Path) -> None:
+    summary = reward_summary()
+    bins = [{"said": 0.6, "right": 0.5, "pairs": 9}, {"said": 0.9, "right": 0.8, "pairs": 4}]
+    calibration = {"bins": bins, "ece": 0.1, "temperature": 1.5, "ece_fitted": 0.02}
+    summary["overall"] |= {"best_of_n_curve": CURVE, "calibration": calibration}
+    summary["by_family"]["math"]["best_of_n_curve"] = CURVE
+    run = Builder(tmp_path)
+    run.step("judge", "reward", summary=summary)
+    page = write_report(run.finish()).read_text()
+    section = page[page.index('id="reward"') : page.index('id="steps"')]
+    assert section.count('class="band"') == 2, "all and math"
+    assert "off by 10.0 points on average, 2.0 with scores divided by 1.50" in section
+
+
+def test_chosen_and_rejected_and_families_share_a_frame_and_machinery_comes_last() -> None:
+    names = (
+        "grad_norm", "logps/chosen_change", "logps/rejected_change", "reward_better", "reward_worse", "loss",
+        "heldout/score", "heldout/score/math", "heldout/score/tag", "kl", "tokens",
+    )  # fmt: skip
+    lines = [{"step": step, **dict.fromkeys(names, float(step))} for step in (1, 2)]
+    assert [(chart.heading, chart.title, list(chart.series)) for chart in charts_of(lines)] == [
+        ("Learning", "loss", [""]),
+        ("Learning", "heldout/score", [""]),
+        ("Learning", "heldout/score by family", ["math", "tag"]),
+        ("Preferences", "logps change", ["chosen", "rejected"]),
+        ("Preferences", "reward", ["better", "worse"]),
+        ("Preferences", "kl", [""]),
+        ("Machinery", "grad_norm", [""]),
+    ]
 
 
 def test_markup_comes_from_elements_alone() -> None:

@@ -146,6 +146,17 @@ def test_pairs_are_passed_where_the_chosen_one_scores_higher_and_ties_are_not(ju
     assert summary["by_family"]["a"]["length"]["shorter_right"] == {"pairs": 1, "accuracy": 0.0}
 
 
+def test_two_reward_models_are_compared_pair_by_pair(judge: Lengths, tmp_path: Path) -> None:
+    """The second is right about the first two of three pairs, the first about the last two."""
+    from align.evaluate.scores import compare
+
+    rows = [pair("p", "n", "yes"), pair("p", "yes", "n"), pair("q", "wild", "no")]
+    first, _ = give(bench.STAGE, tmp_path / "a", rows)
+    second = [{**one, "verdict": verdict} for one, verdict in zip(first, ["passed", "passed", "failed"], strict=True)]
+    found = compare(table(tmp_path / "1.parquet", first), table(tmp_path / "2.parquet", second))["pairs"]
+    assert (found["n"], found["a"], found["b"], found["z"]) == (3, pytest.approx(200 / 3), pytest.approx(200 / 3), 0.0)
+
+
 def test_labelled_completions_are_passed_where_the_favourite_is_right(judge: Lengths, tmp_path: Path) -> None:
     """p is; q's favourite is wrong; r is one-sided; of s not all can be read, so it isn't passed."""
     rows = [
@@ -155,9 +166,22 @@ def test_labelled_completions_are_passed_where_the_favourite_is_right(judge: Len
     ]  # fmt: skip
     found, summary = give(bench.STAGE, tmp_path, rows)
     assert [one["score"] for one in found] == [3.0, 1.0, 2.0, 4.0, 3.0, 3.0, None]
+    assert summary["scores"]["best-of-n"]["ties"] == 0
     overall = summary["scores"]["best-of-n"]["overall"]
     assert (overall["score"], overall["n"], summary["left_out"]) == (33.33, 3, {"one_sided": 1})
     assert summary["overall"]["best_of_n_curve"][-1]["n"] == 2
+
+
+def test_a_tie_of_a_right_and_a_wrong_completion_is_not_passed_but_one_of_right_ones_is(
+    judge: Lengths, tmp_path: Path
+) -> None:
+    rows = [
+        sample("p", "yes", "passed"), sample("p", "sea", "failed"), sample("q", "yes", "passed"),
+        sample("q", "yes", "passed"), sample("q", "n", "failed"),
+    ]  # fmt: skip
+    _, summary = give(bench.STAGE, tmp_path, rows)
+    scores = summary["scores"]["best-of-n"]
+    assert (scores["overall"]["score"], scores["ties"]) == (50.0, 1)
 
 
 def test_rows_that_say_nothing_of_better_and_worse_are_refused(judge: Lengths, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_data_smaller_than_a_batch_give_one_step_on_all_of_it() -> None:
 
 
 def test_rows_left_out_are_counted_by_reason_and_a_second_call_reads_the_file(tmp_path: Path) -> None:
-    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, "too_long", {"input_ids": [4], "labels": [4]}]
+    rows: list[Any] = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, "too_long", {"input_ids": [4], "labels": [4]}]
     path = tmp_path / "tokens.arrow"
     data, counts = tokens_on_disk(path, rows, "demonstration")
     assert counts == {"rows": 2, "too_long": 1}
