@@ -79,13 +79,11 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"{cell}: see above")
         result = json.loads(done.stdout.strip().splitlines()[-1]) | {"cell": cell, "machine": machine()}
+        result |= {"repeats": given.repeats, "steps": given.steps}
         found["cells"].append(result)
         print(line_of(result), flush=True)
         if given.out:
-            found |= {
-                "date": str(date.today()),
-                "settings": {"batch": BATCH, "repeats": given.repeats, "steps": given.steps},
-            }
+            found |= {"date": str(date.today()), "settings": {"batch": BATCH}}
             given.out.write_text(json.dumps(found, indent=1) + "\n")
     reached = next((cell["times"] for cell in found["cells"] if cell["cell"] == "8192x128"), {})
     missed = [f"{name}: {reached[name]} < {bar}" for name, bar in BARS.items() if reached and reached[name] < bar]

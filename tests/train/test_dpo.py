@@ -159,6 +159,20 @@ def test_a_global_batch_gives_the_same_gradient_however_it_is_split(
     assert_same_gradient(gradient("padded", 4), whole)
 
 
+def test_the_balance_of_experts_too_is_asked_for_over_the_whole_global_batch(tmp_path: Path) -> None:
+    given = inputs(tmp_path, 8, "qwen2_moe")
+    settings = QUICK | {"epochs": 1.0, "max_grad_norm": 0.0}
+
+    def gradient(micro: int, weight: float) -> list[torch.Tensor]:
+        chosen, speed = settings | {"router_loss_weight": weight}, {"micro_batch_size": micro}
+        return first_gradient(lambda: steps.run(STAGE, tmp_path / f"{micro}-{weight}", given, chosen, speed))
+
+    whole = gradient(8, 0.5)
+    assert_same_gradient(gradient(2, 0.5), whole)
+    with pytest.raises(AssertionError, match="of their length apart"):
+        assert_same_gradient(gradient(8, 0.0), whole)
+
+
 def test_flat_pairs_have_the_log_probabilities_of_padded_rows_and_of_trl_s_batch(tmp_path: Path) -> None:
     """Per token within 1e-5 nats. TRL's collator and TRL's head, at the other end, on the same ids."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
