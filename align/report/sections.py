@@ -61,9 +61,7 @@ def _label(step: Step) -> str:
     return next(iter([*models, *judges]), step.name)
 
 
-def _tables(
-    steps: Sequence[Step], against: Mapping[str, Step | None], modes: Mapping[str, str] = MODES
-) -> list[Html]:
+def _tables(steps: Sequence[Step], against: Mapping[str, Step | None], modes: Mapping[str, str] = MODES) -> list[Html]:
     """A table for each mode: whole, by family, and against the step that `against` has under each one's name."""
     found = []
     for mode, title in modes.items():
