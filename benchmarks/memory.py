@@ -94,9 +94,8 @@ def main() -> None:
         print(f"{one['name']:<32} measured {one['measured'] / 2**20:6.0f} MiB, estimated "
               f"{one['estimated'] / 2**20:6.0f} MiB, ratio {one['ratio']:.2f}", flush=True)  # fmt: skip
         found.append(one)
-    RESULT.write_text(
-        json.dumps({"machine": machine(), "date": time.strftime("%Y-%m-%d"), "found": found}, indent=2) + "\n"
-    )
+        result = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "found": found}
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
