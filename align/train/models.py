@@ -122,7 +122,7 @@ def nf4(speed: Speed, adapters: str = "") -> dict[str, Any]:
             f"quantization: nf4 needs a CUDA device, and this step runs on {speed.device}; use lora_rank without it"
         )
     if find_spec("bitsandbytes") is None:
-        raise RecipeError("quantization: nf4 needs the package bitsandbytes; install it: pip install bitsandbytes")
+        raise RecipeError("quantization: nf4 needs the package bitsandbytes; pip install 'align-toolkit[quantization]'")
     from transformers import BitsAndBytesConfig
 
     kind = BitsAndBytesConfig(
