@@ -67,8 +67,8 @@ class Case:
 
 
 CASES = [
-    Case("rows of the tiny world's lengths, vocabulary 768", 768, 45, 0.5, 160),
-    Case("rows of the tiny world's lengths, vocabulary 8,192", 8192, 45, 0.5, 160),
+    Case("rows of 16 to 160 tokens, vocabulary 768", 768, 45, 0.5, 160),
+    Case("rows of 16 to 160 tokens, vocabulary 8,192", 8192, 45, 0.5, 160),
     Case("rows of 16 to 320 tokens, vocabulary 8,192", 8192, 64, 0.9, 320),
 ]
 
