@@ -169,14 +169,17 @@ def doctor(
         from align.doctor import examine
         from align.pipeline import plan
         from align.recipe import load_recipe, load_stage
-        from align.shipped import recipe_file
+        from align.shipped import name_of, recipe_file, shipped
 
-        if recipe in TABLE or ":" in recipe:
-            given = arguments or []
+        given = arguments or []
+        # some shipped recipes are named like a stage; whoever names its steps, or nothing, means the recipe
+        recipes = {name_of(file) for file in shipped()}
+        recipe_meant = recipe in recipes and all(each.startswith(("steps.", "engines.")) for each in given)
+        if ":" in recipe or (recipe in TABLE and not recipe_meant):
             somewhere = [] if any(each.startswith("out=") for each in given) else [f"out={out or f'runs/{recipe}'}"]
             checked = load_stage(recipe, [*given, *somewhere])
         else:
-            checked = load_recipe(recipe_file(recipe), arguments or [], out)
+            checked = load_recipe(recipe_file(recipe), given, out)
         examine(checked, plan(checked))
 
 

@@ -179,3 +179,13 @@ class TestTheStagesThemselves:
         found = self.sft(folder, "max_length=8")
         assert found.exit_code == 2
         assert "no demonstration to train on: 9 too_long; raise max_length" in found.stderr
+
+
+def test_a_name_of_both_a_stage_and_a_shipped_recipe_is_the_stage_where_its_settings_are_given(folder: Path) -> None:
+    """`sft` is both. With steps.… it is the recipe, whose model is then the one that isn't there."""
+    found = doctor("sft", "demonstrations=rows.jsonl")
+    assert found.exit_code == 2
+    assert "align sft: model: missing" in found.output
+    of_the_recipe = doctor("sft", "steps.sft.in.demonstrations=rows.jsonl", "steps.sft.in.model=./nowhere")
+    assert of_the_recipe.exit_code == 2
+    assert "nowhere" in of_the_recipe.output
