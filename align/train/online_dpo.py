@@ -155,4 +155,5 @@ STAGE = Stage(
     run=run,
     asks=asks,
     trains=True,
+    version=2,
 )
