@@ -156,7 +156,8 @@ class Stage:
         adds: columns that it adds to those that come in or that the kind has.
         version: raised when the same settings would now give other rows.
         asks: what it asks of each role, from its settings; None where it samples nothing or can't tell.
-        trains: whether it may run in several processes (accelerate); every process calls `run`.
+        trains: whether it may run in several processes (accelerate); every process calls `run`. Such a stage heeds
+            `tools.rehearse`, or `align doctor` would train.
     """
 
     name: str
