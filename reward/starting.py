@@ -10,8 +10,9 @@ import numpy as np
 
 from align.core.chat import IGNORED
 from align.core.cost import shape_of, training_flops, training_seconds
+from align.core.examples import group
 from align.core.memory import memory_needed, memory_there
-from align.core.start import Batch, Start, group
+from align.core.start import Batch, Start
 from reward.batches import reads_flat
 from reward.fit import Batches, Schedule, Speed, learning_rate_at
 from reward.model import RewardModel

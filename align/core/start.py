@@ -14,9 +14,6 @@ from typing import Any, NamedTuple
 
 from align.core.cost import Seconds, amount
 from align.core.examples import Example, coloured
-from align.core.examples import group as group
-from align.core.examples import pair as pair
-from align.core.examples import supervised as supervised
 from align.core.stage import Tools
 
 WIDEST = 120

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from align.core.cost import shape_of, training_flops, training_seconds
+from align.core.examples import pair
 from align.core.memory import memory_of
-from align.core.start import Batch, Start, pair
+from align.core.start import Batch, Start
 from align.train.preference import DPO
 from align.train.settings import DPOSettings, Speed
 from align.train.trainer import learning_rates

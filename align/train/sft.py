@@ -122,7 +122,8 @@ def tokenized(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str
 def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, counts: Mapping[str, int]) -> Any:
     """What is told before the first step."""
     from align.core.cost import shape_of, training_flops, training_seconds
-    from align.core.start import Batch, Start, supervised
+    from align.core.examples import supervised
+    from align.core.start import Batch, Start
     from align.train.trainer import learning_rates
 
     shape, lengths = shape_of(sft.model), steps.lengths
