@@ -172,7 +172,8 @@ class TestTheStagesThemselves:
         given = [f"policy={folder / 'model'}", "prompts=rows.jsonl", "device=cpu", "scorer=verifier", "max_tokens=8"]
         found = doctor("online-dpo", *given, "episodes=2", "prompts_per_episode=4", "global_batch_size=4")
         assert found.exit_code == 0, found.stderr
-        assert "2, each of 4 prompts × 8 completions of at most 8 tokens; scored by the verifiers" in found.stdout
+        shown = " ".join(found.stdout.split())  # however it is broken into lines
+        assert "2, each of 4 prompts × 8 completions of at most 8 tokens; scored by the verifiers" in shown
         assert "at most 4 of 4 prompts" in found.stdout
 
     def test_rows_that_are_all_too_long_or_empty_are_refused(self, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The language-model head for predicted positions alone, on flat and on padded rows (see align/core/segments.py).
 
-TRL's trainers call the model with `labels` and `fused_lm_head=True` and get log-probabilities of the labels; on a CPU
-its head computes every position, which at a vocabulary of 32,000 is ten times the work (measured: 9.2 s a step against
-0.7 s). `score_labelled_only` puts a forward in its place that gives the same output.
+A model is called with `shift_labels` and `fused_lm_head=True`, as TRL's own head is, and gives log-probabilities of the
+labels; on a CPU TRL's computes every position, which at a vocabulary of 32,000 is ten times the work (measured: 9.2 s a
+step against 0.7 s). `score_labelled_only` puts a forward in its place that gives the same numbers.
 """
 
 from __future__ import annotations
@@ -42,62 +42,37 @@ def score_labelled_only(model: Any) -> bool:
         self: Any,
         *args: Any,
         fused_lm_head: bool = False,
-        labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not fused_lm_head or (labels is None and shift_labels is None):
-            given = {"labels": labels, "shift_labels": shift_labels}
-            return trl_forward(*args, **kwargs, **{name: each for name, each in given.items() if each is not None})
-        kwargs.pop("num_items_in_batch", None)
+        if not fused_lm_head or shift_labels is None:
+            more = {} if shift_labels is None else {"shift_labels": shift_labels}
+            return trl_forward(*args, **kwargs, **more)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        if shift_labels is None:
-            assert labels is not None
-            hidden, targets = hidden[:, :-1], labels[:, 1:]
-        else:
-            targets = shift_labels
-        mask = targets != -100  # (B, T)
+        mask = shift_labels != -100  # (B, T)
         head = self.get_output_embeddings()
         rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-        states, wanted = torch.split(hidden[mask], rows), torch.split(targets[mask], rows)  # (S, D), (S,)
-        figures = shift_labels is None  # TRL's own loss looks at them
+        states, wanted = torch.split(hidden[mask], rows), torch.split(shift_labels[mask], rows)  # (S, D), (S,)
         if len(states) == 1:
-            parts = [_score(head, softcap, figures, states[0], wanted[0])]
+            parts = [_score(head, softcap, states[0], wanted[0])]
         else:
             parts = [
-                checkpoint(_score, head, softcap, figures, *pair, use_reentrant=False)
+                checkpoint(_score, head, softcap, *pair, use_reentrant=False)
                 for pair in zip(states, wanted, strict=True)
             ]
         # masked_scatter keeps the graph connected where no position is supervised.
-        log_probs, *more = (
-            hidden.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(part))
-            for part in zip(*parts, strict=True)
-        )
-        entropy, mean_logits, top1 = more or (None, None, None)
-        return FusedCausalLMOutput(
-            loss=-log_probs.sum() / mask.sum().clamp(min=1),
-            log_probs=log_probs,
-            entropy=entropy,
-            mean_logits=mean_logits,
-            is_top1=None if top1 is None else top1.bool(),
-            label_mask=mask,
-        )
+        log_probs = hidden.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(parts))
+        loss = -log_probs.sum() / mask.sum().clamp(min=1)
+        return FusedCausalLMOutput(loss=loss, log_probs=log_probs, label_mask=mask)
 
     base.forward = MethodType(forward, base)
     return True
 
 
-def _score(head: Any, softcap: float | None, figures: bool, states: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-    """Log-probability of each wanted token; of its distribution the entropy, the mean logit, whether it is the top."""
+def _score(head: Any, softcap: float | None, states: Tensor, wanted: Tensor) -> Tensor:
+    """Log-probability of each wanted token, (S,), float32."""
     logits = head(states).float()  # (S, V)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if not figures:
-        return (-F.cross_entropy(logits, wanted, reduction="none"),)
-    log_probs = F.log_softmax(logits, dim=-1)
-    picked = log_probs.gather(1, wanted[:, None])[:, 0]
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        top1 = (log_probs.argmax(-1) == wanted).to(picked.dtype)
-    return picked, entropy, logits.detach().mean(-1), top1
+    return -F.cross_entropy(logits, wanted, reduction="none")

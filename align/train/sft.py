@@ -56,7 +56,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     sft = trainer.SFT(
         config,
         tools,
-        model=models.load_policy(base, speed, config, int(lengths.max()) // 2),
+        model=models.load_policy(base, speed, config, int(lengths.max())),
         args=arguments,
         processing_class=tokenizer,
         train_dataset=rows,

@@ -20,7 +20,8 @@ def batch(vocabulary: int) -> dict[str, torch.Tensor]:
     labels[0, :4] = -100
     labels[1, :2] = -100
     labels[1, 6:] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    return {"input_ids": ids, "attention_mask": mask, "shift_labels": following}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "gemma"])
@@ -34,17 +35,16 @@ def test_our_head_gives_what_trl_s_gives_and_the_same_gradient(
     gradients: list[list[torch.Tensor]] = []
     for ours in (False, True):
         model = make_model(family)
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        add_fused_lm_head(model)
         if ours:
             assert head.score_labelled_only(model)
         out = model(**batch(model.config.vocab_size), fused_lm_head=True)
-        (out.log_probs * torch.arange(8)).sum().backward()
+        (out.log_probs * torch.arange(9)).sum().backward()
         outputs.append(out)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     trl, our = outputs
-    for name in ("log_probs", "entropy", "mean_logits", "loss"):
+    for name in ("log_probs", "loss"):
         torch.testing.assert_close(getattr(our, name), getattr(trl, name), atol=1e-5, rtol=1e-5)
-    assert torch.equal(our.is_top1, trl.is_top1.bool())
     assert torch.equal(our.label_mask, trl.label_mask)
     for mine, theirs in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_a_batch_without_a_supervised_position_gives_zeros_and_can_be_differenti
     add_fused_lm_head(model)
     head.score_labelled_only(model)
     inputs = batch(model.config.vocab_size)
-    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["shift_labels"] = torch.full_like(inputs["shift_labels"], -100)
     out = model(**inputs, fused_lm_head=True)
     out.log_probs.sum().backward()
     assert out.log_probs.abs().sum() == 0
@@ -63,7 +63,8 @@ def test_a_batch_without_a_supervised_position_gives_zeros_and_can_be_differenti
 
 def test_a_call_without_the_fused_head_reaches_the_model_s_own_forward() -> None:
     model = make_model("qwen2")
-    inputs = batch(model.config.vocab_size)
+    ids = batch(model.config.vocab_size)["input_ids"]
+    inputs = {"input_ids": ids, "labels": ids}
     before = model(**inputs)
     add_fused_lm_head(model)
     head.score_labelled_only(model)

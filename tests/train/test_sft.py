@@ -47,7 +47,8 @@ def test_a_model_learns_its_demonstrations_and_is_written_whole(tmp_path: Path) 
     assert summary["loss"] < 1.0
     assert (summary["steps"], summary["rows"], summary["base"]) == (60, 24, "base")
     assert summary["loss_over"] == "supervised tokens of the global batch, all processes"
-    assert "⟦The answer is 0.<|im_end|>⟧" in re.sub(r"\x1b\[[0-9;]*m", "", progress.said[0])
+    shown = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", progress.said[0]).split())  # however it is broken into lines
+    assert "⟦The answer is 0.<|im_end|>⟧" in shown
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft" / "model")
     assert model.config.use_cache
