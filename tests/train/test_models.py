@@ -223,7 +223,7 @@ def test_weights_in_4_bits_are_refused_where_they_cannot_be(lora: Path, monkeypa
     with pytest.raises(RecipeError, match=r"model is a LoRA adapter, .*align export"):
         models.load_policy(steps.policy(lora / "model"), Speed(device="cuda", precision="bf16"), settings)
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="pip install 'align-toolkit\[quantization\]'"):
+    with pytest.raises(RecipeError, match=r"pip install 'align-toolkit\[quantization\]'"):
         models.load_policy(steps.policy(lora / "base"), Speed(device="cuda", precision="bf16"), settings)
 
 
