@@ -20,15 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a position whose prediction isn't wanted."""
+from align.core.chat import IGNORED
 
 NAME = "align_segments"
 """Of the attention implementation, among transformers' ("sdpa", "eager", ...)."""
@@ -275,6 +274,9 @@ def segment_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return found
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rotary positions have made queries and keys float32
+        low = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(low), key.to(low), value.to(low)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("segments: no soft capping, attention sinks or position bias")
     if getattr(module, "is_causal", True) is False:
@@ -328,7 +330,7 @@ def _seen(tokens: int, before: int, window: int | None, device: str) -> Tensor:
     return whole[size - tokens :, size - tokens - before :]
 
 
-@cache
+@lru_cache(maxsize=4)  # a long one is large
 def _lower_right(size: int, window: int | None, device: str) -> Tensor:
     seen = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     return seen if window is None else seen.triu(1 - window)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from align.core.segments import IGNORED, Branch, Tree, collate
+from align.core.chat import IGNORED
+from align.core.segments import Branch, Tree, collate
 
 AT_ONCE = {"cpu": 4096, "cuda": 16384}
 """Tokens of a micro batch at most, where memory allows and nothing else is said."""

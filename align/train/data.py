@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ def tokens_on_disk(path: Path, rows: Iterable[TokenRow | str], what: str) -> tup
     counts_file = path.with_suffix(".json")
     if not counts_file.exists():
         counts = Counter(_write(path, rows))
-        counts_file.write_text(json.dumps(counts))
+        part = counts_file.with_suffix(".counts")
+        part.write_text(json.dumps(counts))
+        part.replace(counts_file)
     counts = Counter(json.loads(counts_file.read_text()))
     if not counts["rows"]:
         left_out = ", ".join(f"{n} {reason}" for reason, n in counts.items() if n) or "there were none"
@@ -116,9 +118,3 @@ def silent(messages: Messages) -> bool:
     """Whether the assistant's turns have neither text nor a tool call: who learns from them learns to say nothing."""
     turns = [message for message in messages if message["role"] == "assistant"]
     return bool(turns) and not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in turns)
-
-
-def of_the_train_split(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any] | str]:
-    """Rows of the split `train`; of others only that they were left out, to be counted."""
-    for row in rows:
-        yield row if row["split"] == "train" else f"of split {row['split']}"

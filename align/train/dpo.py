@@ -17,6 +17,7 @@ Differs from the paper: the optimizer is AdamW, not yet the Online Merging Optim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,9 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     summary = dpo.summary() | dict(counts) | found | adapters.lineage(policy, config)
     summary |= {"reference": reference.name, "loss_over": LOSS_OVER, "start": start.figures()}
-    summary |= {"chosen_logp_change": dpo.chosen_change(), "heldout": heldout_scores(dpo)}
+    kept_step = health.kept_step if stopped else math.inf  # figures are those of the weights that are written
+    change = dpo.chosen_change(kept_step) if kept_step else 0.0
+    summary |= {"chosen_logp_change": change, "heldout": heldout_scores(dpo, kept_step)}
     if stopped:
         summary |= {"stopped_at": health.stopped_at, "kept_step": health.kept_step}
     elif summary["chosen_logp_change"] < -config.warn_chosen_drop:
@@ -166,12 +169,12 @@ def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, 
         yield from [reason] * count
 
 
-def heldout_scores(dpo: DPO) -> list[dict[str, Any]]:
-    """What was found on the held-out prompts, from the start to the end."""
+def heldout_scores(dpo: DPO, upto: float) -> list[dict[str, Any]]:
+    """What was found on the held-out prompts, from the start up to a step."""
     return [
         {name: value for name, value in line.items() if name == "step" or name.startswith("heldout/")}
         for line in dpo.curves.lines
-        if "heldout/kl" in line
+        if "heldout/kl" in line and line["step"] <= upto
     ]
 
 

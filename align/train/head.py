@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import FusedCausalLMOutput
 
+from align.core.chat import IGNORED
+
 CHUNK_ELEMENTS = 2**26
 """Logits held at a time: 256 MiB in fp32. More are computed in parts, and again in the backward pass."""
 
@@ -50,7 +52,7 @@ def score_labelled_only(model: Any) -> bool:
             return trl_forward(*args, **kwargs, **more)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        mask = shift_labels != -100  # (B, T)
+        mask = shift_labels != IGNORED  # (B, T)
         head = self.get_output_embeddings()
         rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
         states, wanted = torch.split(hidden[mask], rows), torch.split(shift_labels[mask], rows)  # (S, D), (S,)

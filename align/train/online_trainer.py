@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -143,6 +144,7 @@ class OnlineDPO(DPO):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._factor(0)
         tools.progress.start(len(self.queue), f"steps, episode {self.episode + 1}/{config.episodes}")
+        self.curves.since = time.monotonic()  # sampling is no part of a step
 
     def _batches(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
         """Whole global batches; pairs too few for one are repeated in it."""
@@ -256,7 +258,7 @@ class OnlineDPO(DPO):
         where = (self.episode + min(1.0, (step_here + 0.5) / self.steps_here)) / self.settings.episodes
         return learning_rate_factor(self.settings, where)
 
-    def chosen_change(self) -> float:
+    def chosen_change(self, upto: float = math.inf) -> float:
         """Of the last episode that was kept."""
         kept = [record["chosen_logp_change"] for record in self.records if not record["rolled_back"]]
         return kept[-1] if kept else math.nan

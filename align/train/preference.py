@@ -262,9 +262,14 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
                 f"run stops; remove {self.tools.work} and {kept}, and run it again, in fp32 if this comes back"
             )
 
-    def chosen_change(self) -> float:
-        """Mean change of the chosen's summed log-probability against the reference over the last tenth of the steps."""
-        changes = [line["logps/chosen_change"] for line in self.curves.lines if "logps/chosen_change" in line]
+    def chosen_change(self, upto: float = math.inf) -> float:
+        """Mean change of the chosen's summed log-probability against the reference over the last tenth of the steps.
+
+        Args:
+            upto: the last step that counts.
+        """
+        lines = [line for line in self.curves.lines if line["step"] <= upto]
+        changes = [line["logps/chosen_change"] for line in lines if "logps/chosen_change" in line]
         last = changes[-max(1, len(changes) // 10) :]
         return sum(last) / len(last) if last else math.nan
 

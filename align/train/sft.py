@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from align.core.chat import IGNORED
 from align.core.errors import DataError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
@@ -135,8 +136,11 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
     )  # fmt: skip
     count = len(steps) // steps.processes
     first = steps[0]["parts"]
+    # the largest micro batch of the first step, or the longest row, which may come in any and is one by itself
     largest = max(first, key=lambda part: part["input_ids"].numel())
-    memory, there = sft.memory(speed, largest["input_ids"].numel(), int((largest["weights"] > 0).sum()))
+    at_once = max(largest["input_ids"].numel(), int(lengths.max()))
+    scored = max(int((largest["weights"] > 0).sum()), int(steps.supervised.max()))
+    memory, there = sft.memory(speed, at_once, scored)
     return Start(
         title=title,
         examples=[
@@ -174,9 +178,9 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
 
 
 def labels_and_weights(row: Mapping[str, list[Any]]) -> tuple[list[int], list[float]]:
-    """Of each token of a row whether it is supervised (itself, or -100), and its weight."""
+    """Of each token of a row whether it is supervised (itself, or `IGNORED`), and its weight."""
     ids, turns = row["input_ids"], row["turns"]
-    labels, weights = [-100] * len(ids), [1.0] * len(ids)
+    labels, weights = [IGNORED] * len(ids), [1.0] * len(ids)
     for place, (start, end) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
         labels[start:end] = ids[start:end]
         if row["weights"]:

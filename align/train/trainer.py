@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from align.core.chat import IGNORED
 from align.core.errors import RecipeError, RunError
 from align.core.memory import memory_needed, memory_there
 from align.core.router import RouterLoss
-from align.core.segments import IGNORED, can_be_flat, model_inputs
+from align.core.segments import can_be_flat, model_inputs
 from align.core.stage import Tools
 from align.core.trackers import Trackers, open_trackers
 from align.train.batches import AT_ONCE
@@ -74,7 +76,7 @@ def training_arguments(kind: type[Any], settings: TrainSettings, speed: Speed, t
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=speed.save_every,
-        save_total_limit=1,
+        save_total_limit=None,  # see `Marks`
         dataloader_num_workers=0,
         dataloader_pin_memory=speed.device != "cpu",
         disable_tqdm=True,
@@ -151,7 +153,7 @@ class OurTrainer:
         self.router = RouterLoss(self.model, settings.router_loss_weight)
         self.curves = Curves(tools, self)
         self.add_callback(self.curves)
-        self.add_callback(Marks())
+        self.add_callback(Marks(self))
         self.own_head = score_labelled_only(self.model)
         if self.args.use_cpu:
             keep_freed_memory()
@@ -278,6 +280,17 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
                 f"global_batch_size: a step of {min(batch, rows)} rows can't be shared by {processes} processes; "
                 "use more rows, or fewer processes"
             )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if min(batch, rows) % processes:
+                raise RecipeError(
+                    f"global_batch_size: {min(batch, rows)} rows of a step can't be shared evenly by {processes} "
+                    f"processes, which sharded weights need; use a multiple of {processes}"
+                )
+            if self.settings.lora_rank:
+                raise RecipeError(
+                    "lora_rank: adapters are not gathered from sharded weights when they are saved; start without FSDP "
+                    "and DeepSpeed (adapters need little memory), or set lora_rank to 0"
+                )
         flat, self.layout = layout_of(self.model, speed, self.own_head)
         return {
             "batch": batch,
@@ -305,10 +318,20 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
         return needed, memory_there(speed.device) + needed["weights"]
 
     def fitting(self, speed: Speed) -> int:
-        """Tokens of a micro batch: `AT_ONCE`, or as many as there is memory for."""
-        needed, there = self.memory(speed, 1024, 1024)
-        left = 0.9 * there - (sum(needed.values()) - needed["activations"])
-        return max(1, min(AT_ONCE[speed.device], int(left / needed["activations"] * 1024)))
+        """Tokens of a micro batch: `AT_ONCE`, or as many as there is memory for.
+
+        The first process decides for all, and its answer outlives a kill: another split would round otherwise.
+        """
+        file = self.tools.work / "tokens_at_once.json"
+        if self.accelerator.is_main_process and not file.exists():
+            needed, there = self.memory(speed, 1024, 1024)
+            left = 0.9 * there - (sum(needed.values()) - needed["activations"])
+            tokens = max(1, min(AT_ONCE[speed.device], int(left / needed["activations"] * 1024)))
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(tokens))
+            part.replace(file)
+        found = [json.loads(file.read_text()) if self.accelerator.is_main_process else None]
+        return int(broadcast_object_list(found)[0])
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The micro batches of this process one after the other; gradients are exchanged with the last one's."""
@@ -410,12 +433,25 @@ class Curves(TrainerCallback):  # type: ignore[misc]
 
 
 class Marks(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint that is whole."""
+    """Marks a checkpoint that is whole, and removes those before it.
+
+    In this order, so that at every moment one whole checkpoint is marked: transformers' own rotation removes the old
+    one before anybody knows that the new one is whole.
+    """
+
+    def __init__(self, trainer: OurTrainer) -> None:
+        self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every file of the checkpoint is there when this is called."""
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / DONE).touch()
+        """This process's files of the checkpoint are there when this is called."""
+        self.trainer.accelerator.wait_for_everyone()
+        if not state.is_world_process_zero:
+            return
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / DONE).touch()
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            if folder.name != f"checkpoint-{state.global_step}":
+                (folder / DONE).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def whole_checkpoint(folder: Path) -> str | None:

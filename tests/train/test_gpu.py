@@ -59,9 +59,16 @@ def scored(model: PreTrainedModel, flat: bool, bf16: bool) -> tuple[torch.Tensor
     [Qwen2Config(**SMALL, tie_word_embeddings=True), MistralConfig(**SMALL, sliding_window=16)],
     ids=["qwen2", "sliding window"],
 )
-def test_flat_rows_in_the_kernel_give_what_padded_rows_give(config: Any) -> None:
+def test_flat_rows_in_the_kernel_give_what_padded_rows_give(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 to rounding; in bf16, where the kernel is, to bf16's: 8 bits, a few thousandths of a nat a token."""
-    assert segments._varlen_kernel() is not None, "this torch has no attention over rows of unlike length"
+    kernel, calls = segments._varlen_kernel(), []
+    assert kernel is not None, "this torch has no attention over rows of unlike length"
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(segments, "_varlen_kernel", lambda: counted)
     torch.manual_seed(0)
     model = Auto.from_config(config).cuda().train()
     assert score_labelled_only(model)
@@ -70,7 +77,9 @@ def test_flat_rows_in_the_kernel_give_what_padded_rows_give(config: Any) -> None
     exact, also = scored(model, flat=True, bf16=False)
     torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
     assert (also - gradient).norm() < 1e-3 * gradient.norm()
+    calls.clear()
     found, rounded = scored(model, flat=True, bf16=True)
+    assert len(calls) == config.num_hidden_layers
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
     assert torch.cosine_similarity(rounded, gradient, dim=0) > 0.99
 
