@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,16 @@ import torch
 from align.core.store import ModelRef, Table
 from align.stages import load
 from tests.train import steps
+from tests.train.ranks import in_ranks
 from tests.train.test_online_dpo import QUICK, prompts
 from tests.train.tiny import demonstrations, preferences, save_model
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every training twice, as `one-NAME` and `two-NAME`; the pairs of processes are started once, since that is slow.
+    """Every training twice, as `one-NAME` and `two-NAME`; both ranks are forked once.
 
     The start is a model that answers sums in the right form and often wrongly.
     """
@@ -45,17 +42,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lora": ("dpo", {"policy": policy, "preferences": pairs}, dpo | {"lora_rank": 4}),
         "online": ("online-dpo", {"policy": policy, "prompts": asked}, QUICK | {"learning_rate": 1e-4}),
     }
-    scripts = []
     for name, (verb, inputs, settings) in trainings.items():
         steps.run(load(verb), folder / f"one-{name}", inputs, settings, {"micro_batch_size": 4})
-        scripts.append(steps.script(verb, folder / f"two-{name}", inputs, settings, {"micro_batch_size": 2}))
-    every = folder / "every.py"
-    every.write_text("import runpy\n" + "".join(f"runpy.run_path({str(script)!r})\n" for script in scripts))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(every)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+    def every() -> None:
+        for name, (verb, inputs, settings) in trainings.items():
+            steps.run(load(verb), folder / f"two-{name}", inputs, settings, {"micro_batch_size": 2})
+
+    in_ranks(every, folder / "ranks")
     return folder
 
 
