@@ -194,7 +194,7 @@ def _figures(model: Any, tokenizer: Any, judge: Any) -> list[float]:
     import torch
 
     if judge is not None:
-        return judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE])
+        return list(judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE]))
     found: list[float] = []
     for messages in _PROBE:
         text = "\n".join(turn["content"] for turn in messages)
