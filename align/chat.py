@@ -62,6 +62,7 @@ class Chat:
 
         Raises:
             ModelError: the model's template takes no system prompt.
+            DataError: it refuses a conversation without one.
         """
         from align.core.chat import prompt_ids
 
@@ -70,6 +71,8 @@ class Chat:
         try:
             prompt_ids(self.engine.tokenizer, greeting)
         except DataError as problem:
+            if not system:
+                raise
             raise ModelError(f"this model's template takes no system prompt ({problem}); leave it out") from problem
         self.config = self.config.model_copy(update={"system": system})
         self.messages = messages

@@ -87,22 +87,22 @@ def write(model: ModelRef, out: Path, dtype: str = "auto") -> list[str]:
     """
     import torch
 
-    loaded, tokenizer, adapters = _load(model)
+    loaded, tokenizer, judge, adapters = _load(model)
     wanted = getattr(torch, dtype) if dtype != "auto" else adapters or loaded.dtype
     computed = loaded.dtype
-    before = _figures(loaded, tokenizer, model)
+    before = _figures(loaded, tokenizer, judge)
     cast(loaded, wanted, computed)
-    rounded = _figures(loaded, tokenizer, model)
+    rounded = _figures(loaded, tokenizer, judge)
     cast(loaded, wanted)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     loaded.save_pretrained(part)
     tokenizer.save_pretrained(part)
     _copy_beside(Path(model.path), part)
-    del loaded
-    again, tokenizer, _ = _load(ModelRef(str(part), model.kind, model.name, ""))
+    del loaded, judge
+    again, tokenizer, judge, _ = _load(ModelRef(str(part), model.kind, model.name, ""))
     cast(again, computed)
-    apart = _apart(rounded, _figures(again, tokenizer, model))
+    apart = _apart(rounded, _figures(again, tokenizer, judge))
     if not apart <= SAME:
         raise ModelError(
             f"{part}: loaded again, the model differs by {apart:.2g} from what was written; is the disk full? It was "
@@ -164,8 +164,11 @@ def upload(folder: Path, name: str, private: bool, message: str, token: str) -> 
     return f"pushed to {address}"
 
 
-def _load(model: ModelRef) -> tuple[Any, Any, Any]:
-    """The model whole, its tokenizer, and the precision of its base where it is adapters (those are merged in fp32)."""
+def _load(model: ModelRef) -> tuple[Any, Any, Any, Any]:
+    """The model whole, its tokenizer, the judge that it is (None of a policy), and the base's precision (of adapters).
+
+    Adapters are merged in fp32.
+    """
     from align.train.adapters import adapter_of
     from align.train.models import source_dtype
 
@@ -175,7 +178,7 @@ def _load(model: ModelRef) -> tuple[Any, Any, Any]:
         from reward.model import load_reward_model
 
         judge = load_reward_model(model, dtype=dtype)
-        return judge.model, judge.tokenizer, base_dtype
+        return judge.model, judge.tokenizer, judge, base_dtype
     import torch
 
     from align.core.engines.load import load_model, load_tokenizer
@@ -183,19 +186,15 @@ def _load(model: ModelRef) -> tuple[Any, Any, Any]:
     spec = "@".join(filter(None, (model.path, model.revision)))
     if dtype == "auto":  # on a CPU the engine's own auto is float32
         dtype = str(source_dtype(model)).removeprefix("torch.")
-    return load_model(spec, torch.device("cpu"), dtype), load_tokenizer(spec), base_dtype
+    return load_model(spec, torch.device("cpu"), dtype), load_tokenizer(spec), None, base_dtype
 
 
-def _figures(model: Any, tokenizer: Any, ref: ModelRef) -> list[float]:
-    """Log-probabilities of a fixed text's tokens; of a reward model its scores of fixed answers."""
+def _figures(model: Any, tokenizer: Any, judge: Any) -> list[float]:
+    """Log-probabilities of a fixed text's tokens; of a judge its scores of fixed answers, read as its card says."""
     import torch
 
-    if ref.kind is Kind.REWARD_MODEL:
-        from reward.loading import template_hash
-        from reward.model import Card, RewardModel
-
-        judge = RewardModel(model, tokenizer, Card(template=template_hash(tokenizer)), ref.name)
-        return judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE])
+    if judge is not None:
+        return list(judge.score_many([(messages[:1], messages[1:]) for messages in _PROBE]))
     found: list[float] = []
     for messages in _PROBE:
         text = "\n".join(turn["content"] for turn in messages)

@@ -11,7 +11,7 @@ import numpy as np
 from align.core.chat import IGNORED
 from align.core.cost import shape_of, training_flops, training_seconds
 from align.core.examples import group
-from align.core.memory import memory_needed, memory_there
+from align.core.memory import memory_of
 from align.core.start import Batch, Start
 from reward.batches import reads_flat
 from reward.fit import Batches, Schedule, Speed, learning_rate_at
@@ -63,16 +63,15 @@ def start_of(
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{speed.device}, {precision}",
-        memory=memory_needed(
-            judge.model.config,
+        **memory_of(
+            judge.model,
             at_once * int(np.max(train["tokens"])),
             at_once * int(np.max(train["learned"])) if config.head == "logprob" else 0,
+            device=speed.device,
             lora_rank=config.lora_rank,
             precision=precision,
             checkpointing=speed.gradient_checkpointing,
-            device=speed.device,
         ),
-        memory_there=memory_there(speed.device),
         seconds=training_seconds(flops, shape, speed.device, precision),
     )
 

@@ -85,6 +85,14 @@ def test_a_template_that_takes_no_system_prompt_is_told_at_once() -> None:
         Chat(Parrot("mistral"), ChatConfig(system="Be kind."))
 
 
+def test_a_template_that_refuses_every_conversation_is_not_said_to_refuse_a_system_prompt() -> None:
+    engine = Parrot()
+    engine.tokenizer.chat_template = "{{ raise_exception('a tool is missing') }}"
+    with pytest.raises(DataError, match="a tool is missing") as told:
+        Chat(engine, ChatConfig())
+    assert "system prompt" not in str(told.value)
+
+
 def test_what_is_streamed_is_what_would_be_sampled(tmp_path: Path) -> None:
     """The pieces make the completion's text, half characters held back; a random model says half characters often."""
     engine = TransformersEngine(make_model(), make_tokenizer(), slots=1, fingerprint="0")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForSequenceCl
 from align import export
 from align.core.errors import ModelError, RunError
 from align.core.store import ModelRef
-from reward.loading import template_hash
+from reward.loading import Head, template_hash
 from reward.model import Card, load_reward_model
 from tests.e2e.command import align, refused
 from tests.train.tiny import make_model, make_tokenizer, save_model
@@ -48,17 +48,18 @@ def test_a_policy_is_written_in_the_precision_asked_for_with_all_that_lies_besid
     assert not (tmp_path / "out.part").exists()
 
 
-def test_a_reward_model_keeps_its_head_and_its_scores(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["scalar", "logprob"])
+def test_a_reward_model_keeps_its_head_and_its_scores(head: Head, tmp_path: Path) -> None:
     config = make_model().config
     config.num_labels = 1
-    judge = Qwen2ForSequenceClassification(config)
+    judge = Qwen2ForSequenceClassification(config) if head == "scalar" else make_model()
     judge.save_pretrained(tmp_path / "judge")
     make_tokenizer().save_pretrained(tmp_path / "judge")
-    Card(template=template_hash(make_tokenizer())).write(tmp_path / "judge")
+    Card(head, 0.3, template=template_hash(make_tokenizer())).write(tmp_path / "judge")
     align("export", tmp_path / "judge", f"out={tmp_path / 'out'}")
     before, after = (load_reward_model(tmp_path / name).score_many([PAIR]) for name in ("judge", "out"))
-    assert after == pytest.approx(before, abs=1e-6)
-    assert (tmp_path / "out" / "reward_model.json").exists()
+    assert after == pytest.approx(before, abs=1e-6) and before != [0.0]
+    assert Card.read(tmp_path / "out" / "reward_model.json") == Card.read(tmp_path / "judge" / "reward_model.json")
 
 
 def test_what_is_not_what_was_written_is_noticed_and_not_put_in_place(

@@ -13,12 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HEAD_ELEMENTS = 2**26
-"""Most logits that the head on a CPU holds at a time; it holds about four such tables (logits, log-probabilities,
-their exponentials, and a gradient or product)."""
-
-_TILE = 4096 * 32768
-"""Logits of a tile of TRL's kernel on a GPU; two of them are held, and a gradient of the head in fp32."""
+CHUNK_ELEMENTS = 2**26
+"""Most logits that the head (align/train/head.py) holds at a time, 256 MiB in fp32. It holds about four such tables:
+logits, log-probabilities, their exponentials, and a gradient or product."""
 
 
 def memory_needed(
@@ -72,7 +69,7 @@ def memory_needed(
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "activations": tokens * (of_token + 3 * 4 * text.hidden_size),
-        "logits": _of_logits(text, labelled, device),
+        "logits": 4 * 4 * min(labelled * int(text.vocab_size), CHUNK_ELEMENTS),
     }
     if reference:
         needed["reference"] = (linear + others) * size
@@ -80,33 +77,33 @@ def memory_needed(
 
 
 def memory_of(
-    model: Any, settings: Any, speed: Any, tokens: int, labelled: int, reference: bool = False
+    model: Any, tokens: int, labelled: int, *, device: str = "cpu", also: Sequence[Any] = (), **training: Any
 ) -> dict[str, Any]:
-    """What a training tells of its memory before it starts: `memory` by part, and `memory_there`.
+    """What a training tells of its memory before it starts.
 
     Args:
-        model: that is trained, wrapped or not.
-        settings: of a training stage.
-        speed: its device, precision and gradient_checkpointing.
+        model: that is trained and loaded already, wrapped or not.
         tokens: see `memory_needed`.
         labelled: see there.
-        reference: see there.
+        device: cpu or cuda.
+        also: other models that are counted and loaded already, such as a reference.
+        training: what else `memory_needed` takes.
+
+    Returns:
+        `memory`, bytes by part; and `memory_there`, bytes that there are for it: those that are free, and those that
+        the models have taken already.
     """
     from align.core.engines.decoder import bare_model
 
-    needed = memory_needed(
-        bare_model(model).config,
-        tokens,
-        labelled,
-        lora_rank=settings.lora_rank,
-        lora_targets=settings.lora_targets,
-        quantization=settings.quantization,
-        precision=speed.precision,
-        checkpointing=speed.gradient_checkpointing,
-        reference=reference,
-        device=speed.device,
-    )
-    return {"memory": needed, "memory_there": memory_there(speed.device)}
+    needed = memory_needed(bare_model(model).config, tokens, labelled, **training)
+    taken = sum(_held(each, device) for each in (model, *also))
+    return {"memory": needed, "memory_there": memory_there(device) + taken}
+
+
+def _held(model: Any, device: str) -> int:
+    """Bytes of a model's weights on a device, in the precision that they have there."""
+    kind = device.partition(":")[0]
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == kind)
 
 
 def memory_there(device: str) -> int:
@@ -166,12 +163,3 @@ def _of_layer(text: Any, low: bool, normed: bool) -> int:
     if low:  # the norms are computed in fp32
         return 26 * d + 4 * q + 4 * k + 8 * f + 4 * (heads + 2) + norms
     return 4 * (6 * d + 2 * q + 2 * k + 4 * f + heads + 2) + norms
-
-
-def _of_logits(text: Any, labelled: int, device: str) -> int:
-    vocabulary = int(text.vocab_size)
-    if not labelled:
-        return 0
-    if device == "cpu":
-        return 4 * 4 * min(labelled * vocabulary, HEAD_ELEMENTS)
-    return 4 * (2 * min(labelled * vocabulary, _TILE) + vocabulary * int(text.hidden_size))

@@ -92,7 +92,16 @@ def start_of(
         trained=shape.trained,
         place=f"{speed.device}, {speed.precision}",
         **memory_of(
-            dpo.model, config, speed, int(np.sort(read)[-micro:].sum()), int(np.sort(learned)[-micro:].sum()), held
+            dpo.model,
+            int(np.sort(read)[-micro:].sum()),
+            int(np.sort(learned)[-micro:].sum()),
+            device=speed.device,
+            lora_rank=config.lora_rank,
+            lora_targets=config.lora_targets,
+            quantization=config.quantization,
+            precision=speed.precision,
+            checkpointing=speed.gradient_checkpointing,
+            reference=held,
         ),
         seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )

@@ -47,19 +47,16 @@ def load_tokenizer(model: ModelRef) -> Any:
     return tokenizer
 
 
-def load_policy(
-    model: ModelRef, speed: Speed, settings: TrainSettings | None = None, longest: int = 0, frozen: bool = False
-) -> Any:
+def load_policy(model: ModelRef, speed: Speed, settings: TrainSettings | None = None, longest: int = 0) -> Any:
     """A causal language model, in training precision. An adapter folder is merged into its base.
 
-    Weights are fp32 (the optimizer's updates are too small for bf16); where only adapters or nothing will be trained
-    they have the computation's precision, or 4 bits where the settings say so.
+    Weights are fp32 (the optimizer's updates are too small for bf16); where only adapters will be trained they have the
+    computation's precision, or 4 bits where the settings say so.
 
     Args:
         settings: of the training; adapters, quantization and stretched positions are read off them. A reference model
             is loaded with its policy's.
         longest: tokens of the longest row that the model will read, where that is known.
-        frozen: whether the base weights stay as they are; with LoRA they do.
 
     Raises:
         ModelError: the folder holds no causal language model, or its positions don't reach so far.
@@ -67,7 +64,7 @@ def load_policy(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    frozen = frozen or (settings is not None and settings.lora_rank > 0)
+    frozen = settings is not None and settings.lora_rank > 0
     dtype = torch.bfloat16 if frozen and speed.precision == "bf16" else torch.float32
     adapters = adapter_of(model)
     base, revision = (model.path, model.revision)
@@ -176,7 +173,7 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, settings: TrainSetti
     """Writes the trained model with its tokenizer: full weights, or the adapters where `save_merged` is false.
 
     Every process calls it; the main one writes. Weights are rounded to the precision that the policy has on disk.
-    Adapters over 4 bits are merged into the weights as they were before they were quantized.
+    Adapters over weights of fewer bits than the policy has are merged into the policy as it lies on disk.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
@@ -189,10 +186,10 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, settings: TrainSetti
             _write(model, folder, source_dtype(policy), state)
         elif not settings.save_merged:
             save_adapters(model, folder, policy)
-        elif settings.quantization == "nf4":
+        elif settings.quantization == "nf4" or _was_rounded(model, policy):
             apart = folder.with_name("adapters")
-            save_adapters(model, apart, policy)
-            _write(merged_on_cpu(apart, policy, model.generation_config), folder, source_dtype(policy))
+            model.save_pretrained(apart)  # the new ones alone: what the policy has of its own is in it when loaded
+            _write(merged_on_cpu(apart, policy, model.generation_config, settings), folder, source_dtype(policy))
             shutil.rmtree(apart)
         else:
             _write(model.float().merge_and_unload(), folder, source_dtype(policy))
@@ -200,11 +197,21 @@ def save_policy(trainer: Any, tokenizer: Any, folder: Path, settings: TrainSetti
     trainer.accelerator.wait_for_everyone()
 
 
-def merged_on_cpu(adapters: Path, policy: ModelRef, generation: Any) -> Any:
-    """The policy's full weights in fp32 with adapters merged into them, and with the generation settings given."""
+def _was_rounded(model: Any, policy: ModelRef) -> bool:
+    """Whether the weights under a peft model's adapters have lost bits that the policy has on disk."""
+    held = model.get_base_model().dtype
+    return held != torch.float32 and (held != source_dtype(policy) or adapter_of(policy) is not None)
+
+
+def merged_on_cpu(adapters: Path, policy: ModelRef, generation: Any, settings: TrainSettings) -> Any:
+    """The policy's full weights in fp32 with adapters merged into them, and with the generation settings given.
+
+    Its positions are stretched as the training's settings say.
+    """
     from peft import PeftModel
 
-    base = load_policy(policy, Speed(device="cpu", precision="fp32"))
+    whole = settings.model_copy(update={"quantization": "none"})
+    base = load_policy(policy, Speed(device="cpu", precision="fp32"), whole)
     base.generation_config = generation
     return PeftModel.from_pretrained(base, adapters).merge_and_unload()
 

@@ -7,7 +7,7 @@ from typing import Any
 from align.core.chat import prompt_ids
 from align.core.cost import shape_of
 from align.core.examples import Line, Span
-from align.core.memory import memory_needed, memory_there
+from align.core.memory import memory_of
 from align.core.start import Batch, Start
 from align.train.episodes import Prompts
 from align.train.online_settings import Config
@@ -53,17 +53,17 @@ def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_ste
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{device}, {online.precision}",
-        memory=memory_needed(
-            online.accelerator.unwrap_model(online.model).config,
+        **memory_of(
+            online.model,
             2 * micro * longest,
             2 * micro * config.max_tokens,
+            device=device,
+            also=[online.reference] if frozen else [],
             lora_rank=config.lora_rank,
             lora_targets=config.lora_targets,
             quantization=config.quantization,
             precision=online.precision,
             checkpointing=arguments.gradient_checkpointing,
             reference=frozen,
-            device=device,
         ),
-        memory_there=memory_there(device),
     )

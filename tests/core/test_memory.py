@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers as t
 
-from align.core.memory import memory_needed, memory_there
+from align.core import memory
+from align.core.memory import memory_needed, memory_of, memory_there
 
 
 def config(kind: str = "Qwen2", **sizes: Any) -> Any:
@@ -69,7 +70,8 @@ def test_weights_gradients_and_moments_are_counted_one_by_one() -> None:
     assert (low["weights"], low["reference"]) == (2 * 78_400 + 4 * 4096, 2 * 78_400)
     quantized = memory_needed(tied, 100, 10, lora_rank=2, precision="bf16", quantization="nf4")
     assert quantized["weights"] == int(0.52 * 2 * 36_864) + 2 * (78_400 - 2 * 36_864) + 4 * 4096
-    assert "logits" in whole and memory_needed(tied, 100, 0)["logits"] == 0
+    assert memory_needed(tied, 100, 2**22)["logits"] == 4 * 4 * 2**26, "the head goes through more logits in parts"
+    assert memory_needed(tied, 100, 0)["logits"] == 0
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers_and_one_layer() -> None:
@@ -90,3 +92,17 @@ def test_experts_count_as_many_as_a_token_is_sent_to() -> None:
 
 def test_some_memory_is_there() -> None:
     assert memory_there("cpu") > 2**20
+
+
+def test_what_loaded_models_have_taken_is_there_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand (see above): 78,400 weights in fp32, and as many in bf16 of a reference. Nothing of them is on a GPU,
+    should one be asked for before they are moved there.
+    """
+    monkeypatch.setattr(memory, "memory_there", lambda device: 1_000_000)
+    model, reference = (t.Qwen2ForCausalLM(config(tie_word_embeddings=True)) for _ in range(2))
+    told = memory_of(model, 100, 10)
+    assert told == {"memory": memory_needed(model.config, 100, 10), "memory_there": 1_000_000 + 4 * 78_400}
+    both = memory_of(model, 100, 10, also=[reference.bfloat16()], reference=True)
+    assert both["memory_there"] == 1_000_000 + 4 * 78_400 + 2 * 78_400
+    assert both["memory"]["reference"] == 4 * 78_400
+    assert memory_of(model, 100, 10, device="cuda")["memory_there"] == 1_000_000

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as t
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.core.errors import ModelError, RecipeError
@@ -247,7 +248,40 @@ def test_adapters_over_quantized_weights_are_merged_into_the_weights_as_they_wer
     """The way that QLoRA's adapters are saved, on adapters that are at hand."""
     generation = t.GenerationConfig(eos_token_id=[5], max_new_tokens=7)
     base = ModelRef(str(lora / "base"), Kind.MODEL, "base", "0")
-    merged = models.merged_on_cpu(lora / "model", base, generation)
+    settings = Config(quantization="nf4", lora_rank=4)
+    merged = models.merged_on_cpu(lora / "model", base, generation, settings)
     torch.testing.assert_close(logps(merged), logps(models.load_policy(steps.policy(lora / "model"), CPU)))
     assert merged.generation_config.max_new_tokens == 7
+    yarn = Config(quantization="nf4", lora_rank=4, rope_scaling="yarn", rope_factor=2.0)
+    stretched = models.merged_on_cpu(lora / "model", base, generation, yarn).config
+    assert stretched.rope_parameters["rope_type"] == "yarn"
+    assert stretched.max_position_embeddings == 2 * merged.config.max_position_embeddings
     assert AutoTokenizer.from_pretrained(lora / "model").chat_template
+
+
+@pytest.mark.parametrize("below", ["base", "model"])
+def test_adapters_over_weights_in_bf16_are_merged_into_the_fp32_weights_on_disk(
+    below: str, lora: Path, tmp_path: Path
+) -> None:
+    """A policy of full weights, and one that is adapters itself. What is written is W + 2 B A (alpha 32 of rank 16),
+    W as on disk; bf16 keeps 8 bits, so that W rounded to it is off by up to 0.004 of each weight.
+    """
+    settings = QUICK | {"epochs": 1.0, "lora_rank": 16, "lora_alpha": 32.0}
+    given, speed = inputs(lora / below, tmp_path, 4), {"precision": "bf16"}
+    steps.run(SFT, tmp_path / "whole", given, settings, speed)
+    steps.run(SFT, tmp_path / "alone", given, settings | {"save_merged": False}, speed)
+    adapters = load_file(tmp_path / "alone" / "model" / "adapter_model.safetensors")
+    stated = json.loads((tmp_path / "alone" / "model" / "adapter_config.json").read_text())
+    assert not (tmp_path / "whole" / "adapters").exists()
+    written = steps.weights(tmp_path / "whole")
+    changed = 0
+    for name, weight in load_file(lora / "base" / "model.safetensors").items():
+        above = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight
+        if f"{above}.lora_A.weight" in adapters:
+            product = adapters[f"{above}.lora_B.weight"] @ adapters[f"{above}.lora_A.weight"]
+            expected = weight + stated["lora_alpha"] / stated["r"] * product
+            changed += not torch.equal(expected.bfloat16(), weight.bfloat16())
+        assert written[name].dtype == torch.float32
+        torch.testing.assert_close(written[name], expected, atol=1e-5, rtol=0)
+    assert changed == 2 * 7
