@@ -29,7 +29,6 @@ def memory_needed(
     precision: str = "fp32",
     checkpointing: bool = False,
     reference: bool = False,
-    device: str = "cpu",
 ) -> dict[str, int]:
     """Bytes that one process needs at its peak, by part; their sum is the estimate.
 
@@ -45,7 +44,6 @@ def memory_needed(
         precision: fp32, or bf16 (fp32 weights and bf16 arithmetic; bf16 weights where they are frozen).
         checkpointing: whether activations are computed twice.
         reference: whether a second, frozen model is held.
-        device: cpu or cuda.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `activations`, `logits`, and `reference` where there is one.

@@ -19,9 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import FusedCausalLMOutput
 
 from align.core.chat import IGNORED
-
-CHUNK_ELEMENTS = 2**26
-"""Logits held at a time: 256 MiB in fp32. More are computed in parts, and again in the backward pass."""
+from align.core.memory import CHUNK_ELEMENTS  # more logits are computed in parts, and again in the backward pass
 
 # Architectures that scale their logits: TRL's own head knows them all.
 _LEFT_TO_TRL = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")

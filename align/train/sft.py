@@ -140,7 +140,6 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
     largest = max(first, key=lambda part: part["input_ids"].numel())
     at_once = max(largest["input_ids"].numel(), int(lengths.max()))
     scored = max(int((largest["weights"] > 0).sum()), int(steps.supervised.max()))
-    memory, there = sft.memory(speed, at_once, scored)
     return Start(
         title=title,
         examples=[
@@ -171,8 +170,7 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
         parameters=shape.parameters,
         trained=shape.trained,
         place=f"{speed.device}, {speed.precision}",
-        memory=memory,
-        memory_there=there,
+        **sft.memory(speed, at_once, scored),
         seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )
 

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from align.core.chat import IGNORED
 from align.core.errors import RecipeError, RunError
-from align.core.memory import memory_needed, memory_there
+from align.core.memory import memory_of
 from align.core.router import RouterLoss
 from align.core.segments import can_be_flat, model_inputs
 from align.core.stage import Tools
@@ -301,21 +301,20 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
             "pad_id": self.processing_class.pad_token_id,
         }
 
-    def memory(self, speed: Speed, tokens: int, labelled: int) -> tuple[dict[str, int], int]:
-        """Bytes that micro batches of so many tokens need, by part; and those that are there, the model's included."""
+    def memory(self, speed: Speed, tokens: int, labelled: int) -> dict[str, Any]:
+        """`memory`: bytes that micro batches of so many tokens need, by part; and `memory_there`, the model's too."""
         settings = self.settings
-        needed = memory_needed(
-            self.model.config,
+        return memory_of(
+            self.model,
             tokens,
             labelled,
+            device=speed.device,
             lora_rank=settings.lora_rank,
             lora_targets=settings.lora_targets,
             quantization=settings.quantization,
             precision=speed.precision,
             checkpointing=speed.gradient_checkpointing,
-            device=speed.device,
         )
-        return needed, memory_there(speed.device) + needed["weights"]
 
     def fitting(self, speed: Speed) -> int:
         """Tokens of a micro batch: `AT_ONCE`, or as many as there is memory for.
@@ -324,8 +323,9 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
         """
         file = self.tools.work / "tokens_at_once.json"
         if self.accelerator.is_main_process and not file.exists():
-            needed, there = self.memory(speed, 1024, 1024)
-            left = 0.9 * there - (sum(needed.values()) - needed["activations"])
+            told = self.memory(speed, 1024, 1024)
+            needed = told["memory"]
+            left = 0.9 * told["memory_there"] - (sum(needed.values()) - needed["activations"])
             tokens = max(1, min(AT_ONCE[speed.device], int(left / needed["activations"] * 1024)))
             part = file.with_suffix(".part")
             part.write_text(json.dumps(tokens))
