@@ -216,9 +216,17 @@ def group_batches(
         RecipeError: they can't share it equally.
     """
     rng = np.random.default_rng(seed)
-    size = min(size, len(lengths))
+    asked, size = size, min(size, len(lengths))
     if size % processes:
-        raise RecipeError(f"global_batch_size: {size} prompts can't be shared by {processes} processes")
+        few = f", but there are {size} to train on, which" if size < asked else ""
+        fewer = max(n for n in range(1, processes + 1) if size % n == 0)
+        multiple = f"use a multiple of {processes}"
+        if size < asked:
+            multiple = f"set it to {size - size % processes}" if size > processes else "give more prompts"
+        raise RecipeError(
+            f"global_batch_size: {asked} prompts{few} can't be shared equally by {processes} processes; {multiple}, "
+            f"or processes={fewer}"
+        )
     steps = max(1, math.ceil(len(lengths) * epochs / size))
     passes = math.ceil(steps * size / len(lengths))
     order = np.concatenate([rng.permutation(len(lengths)) for _ in range(passes)])[: steps * size]

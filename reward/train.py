@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from align.core.errors import DataError, ModelError, RecipeError
+from align.core.errors import DataError, ModelError, RecipeError, RunError
 from align.core.records import Kind
+from align.core.rope import positions
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.start import tell
 from align.core.store import ModelRef, Table
 from reward.comparisons import groups_on_disk, read_groups
-from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, template_hash
+from reward.loading import Head, device_of, distinct_pad_id, load_model, load_tokenizer, template_hash
 
 if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
     from reward.batches import Encoded
@@ -103,6 +104,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     _check_columns(config, completions)
     speed = _speed(tools.speed)
     accelerator = Accelerator(cpu=True) if speed.device == "cpu" else Accelerator()
+    _check_parallel(accelerator)
     world = accelerator.num_processes
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
@@ -114,6 +116,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     )  # fmt: skip
     folder = tools.work / f"groups-{accelerator.process_index}"
     train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
+    _check_fits(judge.model.config, policy.name, max(max(train["length"]), max(held_out["length"])))
     schedule = Schedule.of(config)
     batches = group_batches(np.asarray(train["length"]), config.epochs, config.global_batch_size, tools.seed, world)
     title = f"{config.head} reward model from {policy.name} on {completions.name}, {len(held_out):,} prompts held out"
@@ -158,6 +161,27 @@ def _check_columns(config: Config, completions: Table) -> None:
         if setting == "use_margins" and "chosen" not in completions.columns:  # then the rewards make the margins
             continue
         raise DataError(f"{setting}=true needs a column `{column}` in {completions.name}; it has none")
+
+
+def _check_parallel(accelerator: Any) -> None:
+    """Refuses what cuts the model into pieces: it scores, is measured and is saved whole in each process."""
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise RunError(
+            f"reward: it was started under {kind}, and every process needs the whole model; start it without FSDP and "
+            "DeepSpeed (plain data parallel), and use lora_rank where memory is short"
+        )
+
+
+def _check_fits(model: Any, name: str, longest: int) -> None:
+    """Refuses rows that reach beyond a model's positions, by its config."""
+    most = positions(model)
+    if most is not None and longest > most:
+        raise ModelError(
+            f"{name}: the longest prompt and completion have {longest} tokens, and the model can tell {most} positions "
+            f"apart; leave longer ones out with max_length={most}, or give a policy that was trained with "
+            "rope_scaling=yarn"
+        )
 
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
@@ -260,16 +284,18 @@ def _save(config: Config, judge: RewardModel, folder: Path) -> None:
 
 def _speed(given: Mapping[str, Any]) -> Speed:
     """On a CPU 8 prompts at once, on a GPU 1, unless told otherwise."""
-    import torch
-
     from reward.fit import Speed
 
     device = str(given.get("device") or "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
+    if device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(
+            f"device: {device}; a training stage takes auto, cpu or cuda, and of several GPUs the first that it "
+            "sees (choose another with CUDA_VISIBLE_DEVICES; use several with processes)"
+        )
+    device = device_of(given)
     precision = given.get("precision") or "auto"
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError(f"precision: {precision}; known: auto, fp32, bf16")
     return Speed(
         device,
         bf16=precision == "bf16" or (precision == "auto" and device != "cpu"),
