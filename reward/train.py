@@ -34,11 +34,10 @@ from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.start import tell
 from align.core.store import ModelRef, Table
 from reward.comparisons import groups_on_disk, read_groups
-from reward.loading import Head, device_of, distinct_pad_id, load_model, load_tokenizer, template_hash
+from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, template_hash
 
 if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
     from reward.batches import Encoded
-    from reward.fit import Speed
     from reward.model import RewardModel
 
 
@@ -94,7 +93,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     from accelerate import Accelerator
 
     from reward.figures import report
-    from reward.fit import Schedule, fit, group_batches, judge_groups
+    from reward.fit import Schedule, Speed, fit, group_batches, judge_groups
     from reward.gate import gates_of
     from reward.loss import Objective, encoded_pairs
     from reward.starting import start_of
@@ -102,7 +101,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     policy, completions = inputs["model"], inputs["completions"]
     assert isinstance(policy, ModelRef) and isinstance(completions, Table)
     _check_columns(config, completions)
-    speed = _speed(tools.speed)
+    speed = Speed.of(tools.speed)
     accelerator = Accelerator(cpu=True) if speed.device == "cpu" else Accelerator()
     _check_parallel(accelerator)
     world = accelerator.num_processes
@@ -280,29 +279,6 @@ def _save(config: Config, judge: RewardModel, folder: Path) -> None:
     model.save_pretrained(folder)
     judge.tokenizer.save_pretrained(folder)
     judge.card.write(folder)
-
-
-def _speed(given: Mapping[str, Any]) -> Speed:
-    """On a CPU 8 prompts at once, on a GPU 1, unless told otherwise."""
-    from reward.fit import Speed
-
-    device = str(given.get("device") or "auto")
-    if device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(
-            f"device: {device}; a training stage takes auto, cpu or cuda, and of several GPUs the first that it "
-            "sees (choose another with CUDA_VISIBLE_DEVICES; use several with processes)"
-        )
-    device = device_of(given)
-    precision = given.get("precision") or "auto"
-    if precision not in ("auto", "fp32", "bf16"):
-        raise RecipeError(f"precision: {precision}; known: auto, fp32, bf16")
-    return Speed(
-        device,
-        bf16=precision == "bf16" or (precision == "auto" and device != "cpu"),
-        micro_batch=int(given.get("micro_batch_size") or (8 if device == "cpu" else 1)),
-        gradient_checkpointing=bool(given.get("gradient_checkpointing")),
-        save_every=int(given.get("save_every") or 500),
-    )
 
 
 STAGE = Stage(

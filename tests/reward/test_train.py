@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from align.core.errors import DataError, ModelError, RecipeError, RunError
 from align.core.stage import Tools
-from reward.fit import judge_groups
+from reward.fit import Speed, judge_groups
 from reward.model import Card, load_reward_model
-from reward.train import STAGE, Config, _check_parallel, _speed, check_saved, new_reward_model
+from reward.train import STAGE, Config, _check_parallel, check_saved, new_reward_model
 from tests.train.kills import assert_survives_kills
 from tests.train.ranks import assert_same_gradient, first_gradient, in_ranks
 from tests.train.steps import Silent, curves, policy, run, table, weights
@@ -336,15 +336,15 @@ def test_gold_answers_need_their_column_and_settings_their_head(tmp_path: Path) 
         Config(save_merged=False)
 
 
-def test_a_device_and_a_precision_that_it_doesnt_know_are_refused(tmp_path: Path) -> None:
+def test_a_device_and_a_precision_that_it_doesnt_know_are_refused() -> None:
     for speed, problem in (
         ({"device": "cpu", "precision": "fp16"}, "precision: fp16; known: auto, fp32, bf16"),
         ({"device": "cuda:1"}, "device: cuda:1; a training stage takes auto, cpu or cuda.*CUDA_VISIBLE_DEVICES"),
     ):
         with pytest.raises(RecipeError, match=problem):
-            _speed(speed)
-    assert not _speed({"device": "cpu"}).bf16
-    assert _speed({"device": "cpu", "precision": "bf16"}).bf16
+            Speed.of(speed)
+    assert not Speed.of({"device": "cpu"}).bf16
+    assert Speed.of({"device": "cpu", "precision": "bf16"}).bf16
 
 
 def test_rows_beyond_the_models_positions_are_refused(tmp_path: Path) -> None:
