@@ -22,6 +22,7 @@ from reward.judge import TEMPLATES, Judgement, Values, params_of, score, score_q
 from reward.judge_pairs import Comparison, PairTally, Winner, compare, pair_questions
 from reward.judged import NO_REFERENCE, JudgedConfig
 from reward.rankings import Ranking, circular_triads, ranking_of
+from reward.scoring import item_of
 
 _OUTCOMES: dict[Winner, float] = {"completion": 1.0, "tie": 0.5, "other": 0.0}
 
@@ -193,7 +194,11 @@ class RewardRanker:
 
     def rank(self, groups: Sequence[Group]) -> None:
         """See `Ranker`."""
-        items = [(group.prompt, completion) for group in groups for completion in group.completions]
+        items = [
+            item_of(group.prompt, completion, group.rows[0].get("tools"))
+            for group in groups
+            for completion in group.completions
+        ]
         scores = iter(self.model.score_many(items))
         for group in groups:
             own: list[float | None] = [float(next(scores)) for _ in group.completions]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.core.chat import IGNORED
+from align.core.chat import IGNORED, _for_templates, _tools
 from align.core.errors import DataError, ModelError
 from align.core.records import Messages
 from reward.batches import Encoded
@@ -39,11 +39,17 @@ def longest_of(model: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-def encode_as_trained(model: Any, tokenizer: Any, prompt: Messages, completion: Messages, name: str) -> Encoded:
+def encode_as_trained(
+    model: Any, tokenizer: Any, prompt: Messages, completion: Messages, name: str, tools: Any = None
+) -> Encoded:
     """Token ids as a classifier's authors make them; labels only tell the second text of an encoder's pair.
 
+    Tools are given to the chat template, and the arguments of calls as objects; whether it shows them is its authors'
+    matter.
+
     Raises:
-        DataError: the template refuses the messages, or there is none and the prompt has more than a user's turn.
+        DataError: the template refuses the messages, or there is none and the prompt has tools or more than a user's
+            turn; or the tools, or a call's arguments, are none.
         ModelError: a decoder's tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
@@ -52,9 +58,16 @@ def encode_as_trained(model: Any, tokenizer: Any, prompt: Messages, completion: 
                 f"{name}: its tokenizer has no chat template, so messages can't be scored; copy the model and add "
                 "the template that it was trained with (chat_template.jinja)"
             )
+        if tools:
+            raise DataError(
+                f"{name}: without a chat template it reads one question and one answer, and this prompt has tools; "
+                "leave the column out with columns: {tools: null}, or copy the model and give its tokenizer the "
+                "template that it was trained with (chat_template.jinja)"
+            )
         return _as_pair(tokenizer, prompt, completion, name)
+    messages, schemas = _for_templates(name, [*prompt, *completion]), _tools(name, tools)
     try:
-        text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False)
     except Exception as problem:  # templates raise jinja2's errors, and through filters any other
         raise DataError(f"{name}: its chat template refuses a conversation: {problem}") from problem
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])

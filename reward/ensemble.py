@@ -26,6 +26,7 @@ from align.core.records import Kind, message_text
 from align.core.stage import Need, Result, Stage, StageConfig, Tools, role_of
 from align.core.store import ModelRef, Table
 from reward.loading import device_of
+from reward.scoring import item_of
 
 if TYPE_CHECKING:  # they import torch
     from reward.comparisons import Group
@@ -100,7 +101,8 @@ def _held_out(config: Config, table: Table, tools: Tools, counts: Counter[str]) 
 
 
 def _scores(model: Any, groups: list[Group]) -> list[float]:
-    scores: list[float] = model.score_many([(g.prompt, completion) for g in groups for completion in g.completions])
+    items = [item_of(group.prompt, completion, group.tools) for group in groups for completion in group.completions]
+    scores: list[float] = model.score_many(items)
     return scores
 
 

@@ -8,6 +8,7 @@ the order follows from the seed alone, so a run that was killed goes on from its
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -25,6 +26,7 @@ from align.core.stage import Tools
 from reward.batches import Rewards
 from reward.checkpoint import State, sum_over_processes
 from reward.figures import Judged, best_of_n
+from reward.loading import device_of
 from reward.loss import Objective, batch_loss, encoded_pairs
 from reward.model import RewardModel
 
@@ -68,6 +70,31 @@ class Speed:
     micro_batch: int
     gradient_checkpointing: bool = False
     save_every: int = 500
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Speed:
+        """From a recipe's words; on a CPU 8 prompts at once, on a GPU 1, unless told otherwise.
+
+        Raises:
+            RecipeError: it knows no such device or precision, or there is no such device.
+        """
+        device = str(given.get("device") or "auto")
+        if device not in ("auto", "cpu", "cuda"):
+            raise RecipeError(
+                f"device: {device}; a training stage takes auto, cpu or cuda, and of several GPUs the first that it "
+                "sees (choose another with CUDA_VISIBLE_DEVICES; use several with processes)"
+            )
+        device = device_of(given)
+        precision = given.get("precision") or "auto"
+        if precision not in ("auto", "fp32", "bf16"):
+            raise RecipeError(f"precision: {precision}; known: auto, fp32, bf16")
+        return Speed(
+            device,
+            bf16=precision == "bf16" or (precision == "auto" and device != "cpu"),
+            micro_batch=int(given.get("micro_batch_size") or (8 if device == "cpu" else 1)),
+            gradient_checkpointing=bool(given.get("gradient_checkpointing")),
+            save_every=int(given.get("save_every") or 500),
+        )
 
 
 FIGURES = ("loss", "accuracy", "reward_better", "reward_worse")
@@ -216,9 +243,17 @@ def group_batches(
         RecipeError: they can't share it equally.
     """
     rng = np.random.default_rng(seed)
-    size = min(size, len(lengths))
+    asked, size = size, min(size, len(lengths))
     if size % processes:
-        raise RecipeError(f"global_batch_size: {size} prompts can't be shared by {processes} processes")
+        few = f", but there are {size} to train on, which" if size < asked else ""
+        fewer = max(n for n in range(1, processes + 1) if size % n == 0)
+        multiple = f"use a multiple of {processes}"
+        if size < asked:
+            multiple = f"set it to {size - size % processes}" if size > processes else "give more prompts"
+        raise RecipeError(
+            f"global_batch_size: {asked} prompts{few} can't be shared equally by {processes} processes; {multiple}, "
+            f"or processes={fewer}"
+        )
     steps = max(1, math.ceil(len(lengths) * epochs / size))
     passes = math.ceil(steps * size / len(lengths))
     order = np.concatenate([rng.permutation(len(lengths)) for _ in range(passes)])[: steps * size]

@@ -30,8 +30,11 @@ from reward.batches import Encoded, batch_rewards, batches_to_score
 from reward.classifiers import encode_as_trained, encoder_rewards, is_encoder, keep_output, longest_of
 from reward.loading import Head, distinct_pad_id, find_file, load_model, load_tokenizer, template_hash
 
-Item = tuple[Messages | Sequence[int], Messages | Sequence[int]]
-"""A prompt and a completion, both as messages or both as token ids."""
+Half = Messages | Sequence[int]
+
+Item = tuple[Half, Half] | tuple[Half, Half, Any]
+"""A prompt and a completion, both as messages or both as token ids; third, for messages, the tools that the prompt may
+call (JSON schemas, or that as JSON text), which the chat template shows as it did in training."""
 
 FILE = "reward_model.json"
 """Stands beside the weights and says how they are to be read."""
@@ -147,13 +150,13 @@ class RewardModel:
         """
         encoded: list[Encoded | None] = [None] * len(items)
         rows: list[tuple[int, Row]] = []
-        for place, (prompt, completion) in enumerate(items):
+        for place, (prompt, completion, *tools) in enumerate(items):
             if not prompt or not completion:
                 raise DataError(f"{self.name}: pair {place} has an empty prompt or completion; it can't be scored")
             if isinstance(prompt[0], dict) != isinstance(completion[0], dict):
                 raise DataError(f"{self.name}: pair {place} is half messages, half token ids; give both as one of them")
             if isinstance(prompt[0], dict):
-                rows.append((place, {"prompt": prompt, "completion": completion}))
+                rows.append((place, {"prompt": prompt, "completion": completion, "tools": tools[0] if tools else None}))
             else:
                 ids = [*prompt, *completion]
                 encoded[place] = (ids, [IGNORED] * len(prompt) + ids[len(prompt) :])
@@ -161,7 +164,7 @@ class RewardModel:
             found = encode_demonstrations(self.tokenizer, [row for _, row in rows])
         else:
             found = (
-                encode_as_trained(self.model, self.tokenizer, row["prompt"], row["completion"], self.name)
+                encode_as_trained(self.model, self.tokenizer, row["prompt"], row["completion"], self.name, row["tools"])
                 for _, row in rows
             )
         for (place, _), pair in zip(rows, found, strict=True):

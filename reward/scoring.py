@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align.core.records import Row
+from align.core.records import Messages, Row
 from align.core.stage import Tools
 
 if TYPE_CHECKING:  # it imports torch
     from reward.members import Judge
+    from reward.model import Item
 
 CHUNK = 256
 """Rows of a chunk: enough to find texts of like length, few enough to lose little."""
@@ -33,7 +34,7 @@ def scored(
 
     Args:
         judge: a reward model or an ensemble.
-        rows: with a `prompt` and messages under each side's name.
+        rows: with a `prompt`, messages under each side's name, and `tools` where the prompt may call some.
         sides: columns to score, such as `completion`, or `chosen` and `rejected`.
         tools: for the work folder and the progress; `start` is the caller's.
         counts: gets what has no reward (None), by reason: `too_long` for the model, `empty`.
@@ -57,10 +58,15 @@ def scored(
         number += 1
 
 
+def item_of(prompt: Messages, completion: Messages, tools: Any) -> Item:
+    """What a judge scores: a prompt, a completion and, where the prompt may call some, the tools of its row."""
+    return (prompt, completion, tools) if tools else (prompt, completion)
+
+
 def _score(judge: Judge, chunk: Sequence[Row], sides: Sequence[str]) -> Any:
     """Rewards of a chunk, (rows, sides), nan where there is none."""
     places = [(i, j) for i, row in enumerate(chunk) for j, side in enumerate(sides) if row[side]]
-    items = [(chunk[i]["prompt"], chunk[i][sides[j]]) for i, j in places]
+    items = [item_of(chunk[i]["prompt"], chunk[i][sides[j]], chunk[i].get("tools")) for i, j in places]
     rewards = np.full((len(chunk), len(sides)), np.nan)
     for place, reward in zip(places, judge.score_fitting(items), strict=True):
         rewards[place] = np.nan if reward is None else reward

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from align.core.errors import DataError, ModelError, RecipeError
+from align.core.errors import DataError, ModelError, RecipeError, RunError
 from align.core.records import Kind
+from align.core.rope import positions
 from align.core.stage import Need, Result, Stage, StageConfig, Tools
 from align.core.start import tell
 from align.core.store import ModelRef, Table
@@ -37,7 +38,6 @@ from reward.loading import Head, distinct_pad_id, load_model, load_tokenizer, te
 
 if TYPE_CHECKING:  # they import torch, which the stage's help and a recipe's check do without
     from reward.batches import Encoded
-    from reward.fit import Speed
     from reward.model import RewardModel
 
 
@@ -93,7 +93,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     from accelerate import Accelerator
 
     from reward.figures import report
-    from reward.fit import Schedule, fit, group_batches, judge_groups
+    from reward.fit import Schedule, Speed, fit, group_batches, judge_groups
     from reward.gate import gates_of
     from reward.loss import Objective, encoded_pairs
     from reward.starting import start_of
@@ -101,8 +101,9 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     policy, completions = inputs["model"], inputs["completions"]
     assert isinstance(policy, ModelRef) and isinstance(completions, Table)
     _check_columns(config, completions)
-    speed = _speed(tools.speed)
+    speed = Speed.of(tools.speed)
     accelerator = Accelerator(cpu=True) if speed.device == "cpu" else Accelerator()
+    _check_parallel(accelerator)
     world = accelerator.num_processes
     judge = new_reward_model(config, policy, tools.seed)
     judge.model.to(accelerator.device)
@@ -114,6 +115,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     )  # fmt: skip
     folder = tools.work / f"groups-{accelerator.process_index}"
     train, held_out = groups_on_disk(folder, groups, judge.tokenizer, config.per_side, config.max_length, counts)
+    _check_fits(judge.model.config, policy.name, max(max(train["length"]), max(held_out["length"])))
     schedule = Schedule.of(config)
     batches = group_batches(np.asarray(train["length"]), config.epochs, config.global_batch_size, tools.seed, world)
     title = f"{config.head} reward model from {policy.name} on {completions.name}, {len(held_out):,} prompts held out"
@@ -158,6 +160,27 @@ def _check_columns(config: Config, completions: Table) -> None:
         if setting == "use_margins" and "chosen" not in completions.columns:  # then the rewards make the margins
             continue
         raise DataError(f"{setting}=true needs a column `{column}` in {completions.name}; it has none")
+
+
+def _check_parallel(accelerator: Any) -> None:
+    """Refuses what cuts the model into pieces: it scores, is measured and is saved whole in each process."""
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise RunError(
+            f"reward: it was started under {kind}, and every process needs the whole model; start it without FSDP and "
+            "DeepSpeed (plain data parallel), and use lora_rank where memory is short"
+        )
+
+
+def _check_fits(model: Any, name: str, longest: int) -> None:
+    """Refuses rows that reach beyond a model's positions, by its config."""
+    most = positions(model)
+    if most is not None and longest > most:
+        raise ModelError(
+            f"{name}: the longest prompt and completion have {longest} tokens, and the model can tell {most} positions "
+            f"apart; leave longer ones out with max_length={most}, or give a policy that was trained with "
+            "rope_scaling=yarn"
+        )
 
 
 def new_reward_model(config: Config, policy: ModelRef, seed: int) -> RewardModel:
@@ -256,27 +279,6 @@ def _save(config: Config, judge: RewardModel, folder: Path) -> None:
     model.save_pretrained(folder)
     judge.tokenizer.save_pretrained(folder)
     judge.card.write(folder)
-
-
-def _speed(given: Mapping[str, Any]) -> Speed:
-    """On a CPU 8 prompts at once, on a GPU 1, unless told otherwise."""
-    import torch
-
-    from reward.fit import Speed
-
-    device = str(given.get("device") or "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"device: {device}, but there is no CUDA device here; use cpu or auto")
-    precision = given.get("precision") or "auto"
-    return Speed(
-        device,
-        bf16=precision == "bf16" or (precision == "auto" and device != "cpu"),
-        micro_batch=int(given.get("micro_batch_size") or (8 if device == "cpu" else 1)),
-        gradient_checkpointing=bool(given.get("gradient_checkpointing")),
-        save_every=int(given.get("save_every") or 500),
-    )
 
 
 STAGE = Stage(

@@ -10,6 +10,7 @@ from align.core.engines.base import Completion
 from align.core.records import Row, Verdict
 from align.train.online_settings import Config
 from reward.pairs import Scored, make_pairs
+from reward.scoring import item_of
 from reward.verifiers import VERIFIERS, Verifiers
 
 
@@ -103,7 +104,7 @@ class Scorer:
         items = [
             (group.prompt_ids, c.token_ids)
             if self.same_ids
-            else (group.row["prompt"], [{"role": "assistant", "content": c.text}])
+            else item_of(group.row["prompt"], [{"role": "assistant", "content": c.text}], group.row.get("tools"))
             for group in groups
             for c in group.completions
             if c.finish_reason != "error" and c.token_ids

@@ -68,6 +68,29 @@ def test_flat_rewards_and_their_gradient_equal_those_of_padded_rows(
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_scalar_reward_is_float32_whatever_the_model_is_computed_in(
+    tmp_path: Path, rank: int, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards of 200 and more, where bfloat16 has whole numbers alone: none is one that bfloat16 has."""
+    reward_model, pairs = judge(tmp_path, "scalar", rank=rank), encoded()
+    monkeypatch.setattr(batches, "reads_flat", lambda _: flat)
+    with torch.no_grad():
+        scale = 200 / float(rewards(reward_model, pairs).abs().min())
+        for name, weight in reward_model.model.named_parameters():
+            if "score" in name:
+                weight *= scale
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [rewards(reward_model, pairs)]
+        reward_model.model.to(torch.bfloat16)
+        found.append(rewards(reward_model, pairs))
+    for each in found:
+        assert each.dtype == torch.float32
+        assert float(each.abs().min()) > 128
+        assert (each != each.bfloat16().float()).all()
+
+
 @pytest.mark.parametrize("head", ["scalar", "logprob"])
 def test_a_completion_scores_the_same_alone_and_among_others(tmp_path: Path, head: Head) -> None:
     reward_model, pairs = judge(tmp_path, head), encoded()

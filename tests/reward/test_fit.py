@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from align.core.errors import RecipeError
 from align.core.records import Kind
 from align.core.store import ModelRef
 from reward.batches import Rewards
@@ -123,6 +124,17 @@ def test_every_batch_is_full_and_every_group_comes_each_pass() -> None:
     again = group_batches(lengths, 2.0, 4, seed=1)
     assert all((a == b).all() for a, b in zip(batches, again, strict=True))
     assert np.concatenate(group_batches(lengths, 2.0, 4, seed=2)).tolist() != np.concatenate(batches).tolist()
+
+
+def test_a_batch_that_processes_cant_share_is_refused_with_what_to_do() -> None:
+    """5 prompts for 2 processes; 64 for 2 of which there are 10 − 1; one prompt for 2."""
+    for lengths, size, remedy in (
+        (10, 5, "global_batch_size: 5 prompts can't be shared equally by 2 processes; use a multiple of 2, or"),
+        (9, 64, "64 prompts, but there are 9 to train on, which can't .* 2 processes; set it to 8, or processes=1"),
+        (1, 64, "there are 1 to train on.*give more prompts, or processes=1"),
+    ):
+        with pytest.raises(RecipeError, match=remedy):
+            group_batches(np.arange(lengths), 1.0, size, seed=1, processes=2)
 
 
 def test_groups_of_like_length_share_a_batch() -> None:

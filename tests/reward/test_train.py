@@ -6,17 +6,18 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from align.core.errors import DataError, ModelError
+from align.core.errors import DataError, ModelError, RecipeError, RunError
 from align.core.stage import Tools
-from reward.fit import judge_groups
+from reward.fit import Speed, judge_groups
 from reward.model import Card, load_reward_model
-from reward.train import STAGE, Config, check_saved, new_reward_model
+from reward.train import STAGE, Config, _check_parallel, check_saved, new_reward_model
 from tests.train.kills import assert_survives_kills
 from tests.train.ranks import assert_same_gradient, first_gradient, in_ranks
 from tests.train.steps import Silent, curves, policy, run, table, weights
@@ -333,6 +334,34 @@ def test_gold_answers_need_their_column_and_settings_their_head(tmp_path: Path) 
         Config(head="scalar", nll=1.0)
     with pytest.raises(ValidationError, match="lora_rank"):
         Config(save_merged=False)
+
+
+def test_a_device_and_a_precision_that_it_doesnt_know_are_refused() -> None:
+    for speed, problem in (
+        ({"device": "cpu", "precision": "fp16"}, "precision: fp16; known: auto, fp32, bf16"),
+        ({"device": "cuda:1"}, "device: cuda:1; a training stage takes auto, cpu or cuda.*CUDA_VISIBLE_DEVICES"),
+    ):
+        with pytest.raises(RecipeError, match=problem):
+            Speed.of(speed)
+    assert not Speed.of({"device": "cpu"}).bf16
+    assert Speed.of({"device": "cpu", "precision": "bf16"}).bf16
+
+
+def test_rows_beyond_the_models_positions_are_refused(tmp_path: Path) -> None:
+    """Its rows are of some 30 tokens."""
+    save_model(tmp_path / "policy")
+    file = tmp_path / "policy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 16}))
+    with pytest.raises(ModelError, match=r"policy: the longest .* the model can tell 16 positions.*max_length=16"):
+        train(tmp_path, {})
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_model_in_pieces_is_refused(kind: str) -> None:
+    from accelerate import DistributedType
+
+    with pytest.raises(RunError, match=f"under {kind}.*plain data parallel.*lora_rank"):
+        _check_parallel(SimpleNamespace(distributed_type=DistributedType(kind)))
 
 
 def test_judged_groups_keep_their_order_and_count_completion_tokens(tmp_path: Path) -> None:
