@@ -19,7 +19,6 @@ from reward.judge import Values, filled, too_few, verdict_schema
 from reward.judge_words import Side, read_winner
 
 Winner = Literal["completion", "other", "tie"]
-WINNERS: tuple[Winner, ...] = ("completion", "other", "tie")
 
 _OF_ORDER: tuple[dict[Side, Winner], ...] = (
     {"A": "completion", "B": "other", "tie": "tie"},

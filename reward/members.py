@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from align.core.errors import ModelError
 from align.core.store import ModelRef
@@ -176,8 +175,6 @@ class Ensemble:
         """See `Judge`."""
         return all(model.reads_ids_of(tokenizer) for model in self.models)
 
-
-Scores = npt.NDArray[np.float64]
 
 _COMBINED: dict[Combine, Any] = {
     # of scores by member and completion, (M, N), and k
