@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -87,6 +88,7 @@ def test_a_template_that_takes_no_system_prompt_is_told_at_once() -> None:
 
 def test_a_template_that_refuses_every_conversation_is_not_said_to_refuse_a_system_prompt() -> None:
     engine = Parrot()
+    engine.tokenizer = copy.deepcopy(engine.tokenizer)  # other tests use it as it is
     engine.tokenizer.chat_template = "{{ raise_exception('a tool is missing') }}"
     with pytest.raises(DataError, match="a tool is missing") as told:
         Chat(engine, ChatConfig())
