@@ -40,11 +40,11 @@ def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
     import transformers
 
     from align.core.stage import Tools
-    from align.train import models, sft, trainer
+    from align.train import models, sft, sft_trainer
     from tests.train import steps
     from tests.train.tiny import make_tokenizer
 
-    assert models and trainer  # loaded before the memory is looked at, with the libraries that they take
+    assert models and sft_trainer  # loaded before the memory is looked at, with the libraries that they take
     torch.set_num_threads(1)
     d = shape["d"]
     config = transformers.Qwen2Config(

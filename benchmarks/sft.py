@@ -41,7 +41,7 @@ from trl import SFTConfig, SFTTrainer
 
 from align.core.stage import Tools
 from align.core.store import TINY
-from align.train import trainer
+from align.train import sft_trainer
 from align.train.batches import Steps
 from align.train.data import tokens_on_disk
 from align.train.settings import Speed
@@ -144,8 +144,8 @@ def ours(case: Case, rows: Rows, folder: Path) -> Clock:
     tools = Tools(seed=0, engines={}, progress=Quiet(), work=folder / "work", out=folder / "out")
     encoded = ({"input_ids": ids, "turns": [at, len(ids)], "weights": []} for ids, at in rows)
     data, _ = tokens_on_disk(folder / "tokens.arrow", encoded, "row")
-    sft = trainer.SFT(
-        config, tools, model=model_of(case), args=trainer.sft_arguments(config, speed, tools),
+    sft = sft_trainer.SFT(
+        config, tools, model=model_of(case), args=sft_trainer.sft_arguments(config, speed, tools),
         processing_class=AutoTokenizer.from_pretrained(TINY), train_dataset=data, rows=len(data),
     )  # fmt: skip
     sft.train_dataset = Steps(data, np.arange(len(data)), **sft.split(len(data), speed))

@@ -40,7 +40,7 @@ class Config(TrainSettings):
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Trains a policy on demonstrations and writes it to `tools.out / "model"`."""
     from align.core.start import tell
-    from align.train import adapters, models, trainer
+    from align.train import adapters, models, sft_trainer
     from align.train.batches import Steps
     from align.train.data import batch_order, tokens_on_disk
 
@@ -49,12 +49,12 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     adapters.check_stackable(base, config)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(base)
-    arguments = trainer.sft_arguments(config, speed, tools)
+    arguments = sft_trainer.sft_arguments(config, speed, tools)
     with arguments.main_process_first(local=False):
         encoded = tokenized(config, tokenizer, table)
         rows, counts = tokens_on_disk(tools.work / "tokens.arrow", encoded, "demonstration")
     lengths = rows.with_format("numpy")["length"][:]
-    sft = trainer.SFT(
+    sft = sft_trainer.SFT(
         config,
         tools,
         model=models.load_policy(base, speed, config, int(lengths.max())),

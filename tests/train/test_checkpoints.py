@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from align.train import trainer
-from align.train.trainer import DONE, Marks, whole_checkpoint
+from align.train import callbacks
+from align.train.callbacks import DONE, Marks, whole_checkpoint
 from tests.train import steps
 from tests.train.test_sft import QUICK, STAGE, inputs
 
@@ -33,7 +33,7 @@ def test_while_a_checkpoint_replaces_another_one_of_them_is_whole_and_marked(
         (folder / "optimizer.pt").unlink()
         folder.rmdir()
 
-    monkeypatch.setattr(trainer.shutil, "rmtree", removed)
+    monkeypatch.setattr(callbacks.shutil, "rmtree", removed)
     marks = Marks(SimpleNamespace(accelerator=SimpleNamespace(wait_for_everyone=lambda: None)))  # type: ignore[arg-type]
     for step in (5, 10, 15):
         saved(tmp_path, step)

@@ -20,7 +20,8 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from align.train.online_trainer import OnlineDPO
 from align.train.preference import DPO
-from align.train.trainer import SFT, OurTrainer
+from align.train.sft_trainer import SFT
+from align.train.trainer import OurTrainer
 
 OVERRIDDEN = [
     (OurTrainer, transformers.Trainer, "_get_train_sampler", ["self", "train_dataset"]),

@@ -17,7 +17,7 @@ from align.core.records import Kind
 from align.core.stage import Tools
 from align.core.store import ModelRef, Table
 from align.core.writer import write_rows
-from align.train import models, trainer
+from align.train import callbacks, models, sft_trainer
 from align.train.settings import Speed
 from align.train.sft import STAGE
 from tests.core.shapes import tokenizer_of
@@ -137,7 +137,7 @@ def test_a_global_batch_gives_the_same_gradient_however_it_is_split_and_laid_out
     more = {"router_loss_weight": 0.5} if family == "qwen2_moe" else {}
     whole = first_gradient(tmp_path, given, 8, **more)
     assert_same_gradient(first_gradient(tmp_path, given, 3, **more), whole)
-    monkeypatch.setattr(trainer, "can_be_flat", lambda *_: False)
+    monkeypatch.setattr(sft_trainer, "can_be_flat", lambda *_: False)
     assert_same_gradient(first_gradient(tmp_path, given, 2, **more), whole)
 
 
@@ -233,8 +233,8 @@ def test_a_checkpoint_that_a_kill_cut_off_is_not_resumed_from(tmp_path: Path) ->
     for step, whole in ((4, True), (8, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
-            (tmp_path / f"checkpoint-{step}" / trainer.DONE).touch()
-    assert trainer.whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+            (tmp_path / f"checkpoint-{step}" / callbacks.DONE).touch()
+    assert callbacks.whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / "checkpoint-8").exists()
 
 
