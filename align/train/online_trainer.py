@@ -24,7 +24,7 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import RunError
 from align.core.stage import Tools
 from align.train.data import batch_order
-from align.train.episodes import Prompts, episode_rows, read_rows, write_rows, yields
+from align.train.episodes import Prompts, episode_rows, pairs_of, read_rows, set_reference, write_rows, yields
 from align.train.guards import Probe, look, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
@@ -115,10 +115,7 @@ class OnlineDPO(DPO):
             # In the prompts' order, whatever the number of processes.
             order = {row["prompt_id"]: place for place, row in enumerate(rows)}
             found = sorted(gather_object(found), key=lambda row: order[row["prompt_id"]])
-            pairs = [row for row in found if row["outcome"] == "paired"]
-            logps = self.reference_logps(pairs, self.reference)
-            for row, (chosen, rejected) in zip(pairs, logps.tolist(), strict=True):
-                row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            set_reference(found, self.reference_logps(pairs_of(found), self.reference))
             if self.accelerator.is_main_process:
                 write_rows(path, [row | {"policy_step": self.step} for row in found])
             self.accelerator.wait_for_everyone()
@@ -127,7 +124,7 @@ class OnlineDPO(DPO):
             public = tools.out / "episodes" / path.name
             public.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, public)
-        pairs = [row for row in found if row["outcome"] == "paired"]
+        pairs = pairs_of(found)
         self.queue = self._batches(pairs)
         self.began_at, self.steps_here = self.step, max(1, len(self.queue))
         rewards = [r for row in found for r in row["rewards"] if r is not None]
