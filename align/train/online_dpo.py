@@ -32,7 +32,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     """Trains a policy on its own completions and writes it to `tools.out / "model"`."""
     from datasets import Dataset
 
-    from align.train import adapters, models
+    from align.train import adapters, models, samplers
     from align.train.episodes import Prompts
     from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
@@ -49,6 +49,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     tokenizer = models.load_tokenizer(policy)
     arguments = dpo_arguments(config, speed, tools)  # first, since it says which GPU is this process's
     prompts = Prompts(table, config, tools.seed)
+    sampler = samplers.given(config, tools, policy, tokenizer, arguments.world_size)
     reward_model = reward_model_of(config, inputs, speed)
     lora = config.lora_rank > 0
     # With adapters the reference is the policy without them; else it is a second model.
@@ -72,6 +73,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             prompts,
             Scorer(config, verifiers, reward_model, tokenizer),
             frozen,
+            sampler,
             model=model,
             args=arguments,
             processing_class=tokenizer,
@@ -136,7 +138,7 @@ def summary(online: Any) -> dict[str, Any]:
 def asks(config: Config) -> dict[str, Asks]:
     """The policy's samples of all episodes; the guards' few apart."""
     samples = config.episodes * (config.samples_per_prompt + config.resample)
-    return {"policy": Asks(samples, config.max_tokens, prompts=config.prompts_per_episode)}
+    return {"sampler": Asks(samples, config.max_tokens, prompts=config.prompts_per_episode)}
 
 
 STAGE = Stage(
@@ -153,6 +155,9 @@ STAGE = Stage(
     },
     gives=Kind.MODEL,
     run=run,
+    engines={"sampler": "samples for the policy, whose own model it is and whose weights it takes; the policy itself"},
+    optional_engines=("sampler",),
+    served={"sampler": "policy"},
     asks=asks,
     trains=True,
     version=2,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import RunError
 from align.core.stage import Tools
 from align.train.data import batch_order
@@ -29,6 +28,7 @@ from align.train.episodes import Prompts, episode_rows, samples_of
 from align.train.guards import Probe, look, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
+from align.train.samplers import Live, Sampler
 from align.train.scoring import Scorer
 from align.train.trainer import learning_rate_factor
 
@@ -48,7 +48,14 @@ class OnlineDPO(DPO):
     announces = False  # each episode says how many steps it has
 
     def __init__(
-        self, settings: Config, tools: Tools, prompts: Prompts, scorer: Scorer, reference: Any, **trl: Any
+        self,
+        settings: Config,
+        tools: Tools,
+        prompts: Prompts,
+        scorer: Scorer,
+        reference: Any,
+        sampler: Sampler | None = None,
+        **trl: Any,
     ) -> None:
         self.episode, self.steps_before, self.steps_here = 0, 0, 1
         self.records: list[dict[str, Any]] = []
@@ -57,7 +64,7 @@ class OnlineDPO(DPO):
         super().__init__(settings, tools, rows=1, **trl)
         self.prompts, self.scorer = prompts, scorer
         self.reference = None if reference is None else self.score_like_the_policy(reference)
-        self.engine = TransformersEngine(self.model, self.processing_class, fingerprint="live")
+        self.engine = sampler or Live(self.model, self.processing_class, self.precision)
         self.border = tools.work / "border.pt"
         self.began_at = 0  # step at which the episode began
         self.begun = False
@@ -192,8 +199,10 @@ class OnlineDPO(DPO):
         training = self.model.training
         self.model.eval()
         try:
+            self.engine.take(self.model, self.step)
             yield
         finally:
+            self.engine.rest()
             self.model.train(training)
 
     # --- the border between two episodes ----------------------------------------------------------------------------
