@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from align.core.errors import ModelError
 
@@ -117,46 +118,46 @@ class MergingAdamW(torch.optim.Optimizer):
                 state["master"] = parameter.detach().float().clone()
             if self.merging.method != "none" and self.merging.every > 1:
                 state["before"] = parameter.detach().float().clone()
-        state["step"] += 1
-        number = int(state["step"])
-        weight = state.get("master", parameter)
-        gradient = parameter.grad.float()  # type: ignore[union-attr]
+        weight = _local(state.get("master", parameter))
+        gradient = _local(parameter.grad).to(torch.float32)  # type: ignore[arg-type]
+        plain = self.merging.method == "none" or self.merging.every > 1
+        moved = weight if plain else torch.zeros_like(weight)  # AdamW from zero, without decay, is Delta
         first, second = group["betas"]
-        state["exp_avg"].lerp_(gradient, 1 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        scale = (state["exp_avg_sq"] / (1 - second**number)).sqrt_().add_(group["eps"])
-        delta = state["exp_avg"] / scale * (-group["lr"] / (1 - first**number))
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        if self.merging.method == "none":
-            weight.add_(delta)
-        elif self.merging.every == 1:
-            self._merge(name, weight, delta, number)
-        else:
-            weight.add_(delta)
-            if number % self.merging.every == 0:  # everything since the last merge, its decay too, is one Delta
-                gathered = weight - state["before"]
-                weight.copy_(state["before"])
-                self._merge(name, weight, gathered, number)
-                state["before"].copy_(weight)
+        adamw(
+            [moved], [gradient], [_local(state["exp_avg"])], [_local(state["exp_avg_sq"])], [], [state["step"]],
+            fused=True, amsgrad=False, beta1=first, beta2=second, lr=group["lr"], eps=group["eps"], maximize=False,
+            weight_decay=group["weight_decay"] if plain else 0.0,
+        )  # fmt: skip
+        number = int(state["step"])
+        shard = Shard.of(parameter)
+        if not plain:
+            if group["weight_decay"]:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            self._merge(name, weight, moved, shard, number)
+        elif self.merging.method != "none" and number % self.merging.every == 0:
+            before = _local(state["before"])  # everything since the last merge, its decay too, is one Delta
+            gathered = weight - before
+            weight.copy_(before)
+            self._merge(name, weight, gathered, shard, number)
+            before.copy_(weight)
         if "master" in state:
-            parameter.copy_(weight)
+            _local(parameter).copy_(weight)
 
-    def _merge(self, name: str, weight: Tensor, delta: Tensor, number: int) -> None:
+    def _merge(self, name: str, weight: Tensor, delta: Tensor, shard: Shard, number: int) -> None:
         """weight += the merged step."""
-        target, step, shard = _local(weight), _local(delta), Shard.of(weight)
         if self.merging.method == "dare":
-            self._dare(name, target, step, shard, weight, number)
+            self._dare(name, weight, delta, shard, number)
         else:
-            self._ties(name, target, step, shard, weight)
+            self._ties(name, weight, delta, shard)
 
-    def _dare(self, name: str, target: Tensor, step: Tensor, shard: Shard, weight: Tensor, number: int) -> None:
+    def _dare(self, name: str, target: Tensor, step: Tensor, shard: Shard, number: int) -> None:
         merging, flat = self.merging, target.view(-1)
         code = merging.as_in == "code"
         kept = shard.mine(positions(f"{merging.seed}/{name}/step {number}", shard.whole, merging.keep, flat.device))
-        flat.index_add_(0, kept, step.reshape(-1)[kept], alpha=(1 - merging.alpha) / (merging.keep if code else 1))
+        flat.index_add_(0, kept, step.view(-1)[kept], alpha=(1 - merging.alpha) / (merging.keep if code else 1))
         if not merging.alpha:
             return
-        tau = self._tau_of(name, weight, shard)
+        tau = self._tau_of(name, target, shard)
         drawn = 0 if code else number
         of_tau = shard.mine(positions(f"{merging.seed}/{name}/tau {drawn}", shard.whole, merging.keep, flat.device))
         values = tau.view(-1)[of_tau]
@@ -164,29 +165,33 @@ class MergingAdamW(torch.optim.Optimizer):
             values = (values / merging.keep).clamp_(-1, 1)
         flat.index_add_(0, of_tau, values, alpha=merging.alpha)
 
-    def _ties(self, name: str, target: Tensor, step: Tensor, shard: Shard, weight: Tensor) -> None:
+    def _ties(self, name: str, target: Tensor, step: Tensor, shard: Shard) -> None:
+        """Only where F keeps Delta or tau anything is added: with a small `keep` few coordinates."""
         merging = self.merging
-        a = step * (step.abs() >= threshold(name, step, shard, merging))
+        flat, delta = target.view(-1), step.view(-1)
         if name not in self._kept:
-            tau = self._tau_of(name, weight, shard)
+            tau = self._tau_of(name, target, shard).view(-1)
             self._kept[name] = tau * (tau.abs() >= threshold(name, tau, shard, merging))
         b = self._kept[name]
+        at = (delta.abs() >= threshold(name, delta, shard, merging)).logical_or_(b != 0).nonzero()[:, 0]
+        a, b = delta[at], b[at]
+        a = a * (a.abs() >= threshold(name, delta, shard, merging))
         terms = (1 - merging.alpha) * a, merging.alpha * b
         first, second = (a, b) if merging.as_in == "code" else terms
-        conflict = first * second < 0
-        target.add_(terms[0].masked_fill(conflict & (first.abs() < second.abs()), 0))
-        target.add_(terms[1].masked_fill(conflict & (first.abs() >= second.abs()), 0))
+        conflict, larger = first * second < 0, first.abs() >= second.abs()
+        kept = terms[0].masked_fill(conflict & ~larger, 0) + terms[1].masked_fill(conflict & larger, 0)
+        flat.index_add_(0, at, kept)
 
     def _tau_of(self, name: str, weight: Tensor, shard: Shard) -> Tensor:
         """The shard of tau that belongs to a parameter's, float32; it never changes and is no part of a checkpoint."""
         if name not in self._taus:
             whole = self._tau(name)
-            if tuple(whole.shape) != tuple(weight.shape):
+            if whole.numel() != shard.whole:
                 raise ModelError(
-                    f"{name}: base and SFT have the shape {tuple(whole.shape)}, the policy has {tuple(weight.shape)}; "
+                    f"{name}: base and SFT have {whole.numel()} numbers there, the policy has {shard.whole}; "
                     "give the models that the policy was made from"
                 )
-            self._taus[name] = shard.cut(whole.to(_local(weight).device, torch.float32))
+            self._taus[name] = shard.cut(whole.to(weight.device, torch.float32))
         return self._taus[name]
 
 
