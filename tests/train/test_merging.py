@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.train.merging import Merging, MergingAdamW, positions, threshold, Shard
+from align.train.merging import Merging, MergingAdamW
+from align.train.shards import Layout, Quantiles, Shard, positions
 
 
 def parameter(values: list[float]) -> torch.nn.Parameter:
@@ -23,7 +24,7 @@ def stepped(merging: Merging, tau: list[float], gradients: list[list[float]], lr
     return weight.detach().tolist()
 
 
-@pytest.mark.parametrize("method", ["none", "dare"])
+@pytest.mark.parametrize("method", ["none", "ondare"])
 def test_switched_off_it_is_adamw_step_for_step(method: str) -> None:
     torch.manual_seed(0)
     ours, theirs = parameter([0.3, -0.2, 0.1, 1.0]), parameter([0.3, -0.2, 0.1, 1.0])
@@ -44,7 +45,7 @@ def test_ties_as_in_the_paper_lets_a_conflicting_step_win_over_a_small_alpha() -
     alpha = 0.1, all kept: terms 0.9 * Delta = (-0.09, -0.09, 0.09) and 0.1 * tau = (-0.1, 0.2, 0.05).
     Signs agree at 0: -0.19, and at 2: 0.14. They conflict at 1, where 0.2 is larger: 0.2.
     """
-    merging = Merging("ties", alpha=0.1, keep=1.0, as_in="paper")
+    merging = Merging("onties", alpha=0.1, keep=1.0, as_in="paper")
     found = stepped(merging, [-1.0, 2.0, 0.5], [[1.0, 1.0, -1.0]])
     assert found == pytest.approx([-0.19, 0.2, 0.14], abs=1e-5)
 
@@ -54,15 +55,15 @@ def test_the_variants_of_ties_differ_where_tau_is_larger_and_alpha_small() -> No
 
     The code elects by Delta against tau, -0.1 against 2: tau's 0.02 alone is left.
     """
-    assert stepped(Merging("ties", 0.01, 1.0, "paper"), [2.0], [[1.0]]) == pytest.approx([-0.099], abs=1e-6)
-    assert stepped(Merging("ties", 0.01, 1.0, "code"), [2.0], [[1.0]]) == pytest.approx([0.02], abs=1e-6)
+    assert stepped(Merging("onties", 0.01, 1.0, "paper"), [2.0], [[1.0]]) == pytest.approx([-0.099], abs=1e-6)
+    assert stepped(Merging("onties", 0.01, 1.0, "code"), [2.0], [[1.0]]) == pytest.approx([0.02], abs=1e-6)
 
 
 def test_dare_keeps_a_share_of_the_step_and_the_code_scales_it_up() -> None:
     """With keep 0.5 about half of 10,000 coordinates move by -0.1 (paper), or by -0.1 / 0.5 = -0.2 (code)."""
     ones = [1.0] * 10_000
     for as_in, size in (("paper", -0.1), ("code", -0.2)):
-        found = torch.tensor(stepped(Merging("dare", 0.0, 0.5, as_in), [0.0] * 10_000, [ones]))  # type: ignore[arg-type]
+        found = torch.tensor(stepped(Merging("ondare", 0.0, 0.5, as_in), [0.0] * 10_000, [ones]))  # type: ignore[arg-type]
         moved = found[found != 0]
         torch.testing.assert_close(moved, torch.full_like(moved, size), rtol=1e-4, atol=1e-6)
         assert 4700 < len(moved) < 5300
@@ -72,9 +73,9 @@ def test_dare_adds_tau_by_its_own_mask_once_or_anew() -> None:
     """The code: one mask, the values over keep and clamped to 1, so after two steps of no gradient a coordinate has
     moved by 0 or 2 * alpha * min(tau / keep, 1) = 2 * 0.1 * 1. The paper: a mask each step, so 0, 1 or 2 times 0.08."""
     none = [[0.0] * 1000] * 2
-    code = torch.tensor(stepped(Merging("dare", 0.1, 0.5, "code"), [0.8] * 1000, none))
+    code = torch.tensor(stepped(Merging("ondare", 0.1, 0.5, "code"), [0.8] * 1000, none))
     assert {round(v, 4) for v in code.tolist()} == {0.0, 0.2}
-    paper = torch.tensor(stepped(Merging("dare", 0.1, 0.5, "paper"), [0.8] * 1000, none))
+    paper = torch.tensor(stepped(Merging("ondare", 0.1, 0.5, "paper"), [0.8] * 1000, none))
     assert {round(v, 4) for v in paper.tolist()} == {0.0, 0.08, 0.16}
 
 
@@ -83,7 +84,7 @@ def test_every_k_steps_what_has_gathered_is_merged_and_decay_is_rolled_back_with
 
     With decay 1 and lr 0.1 from 1: 1 * 0.9 - 0.1 = 0.8; 0.8 * 0.9 - 0.1 = 0.62; Delta -0.38. From 1: 1 - 0.19 - 0.5.
     """
-    merging = Merging("ties", 0.5, 1.0, "paper", every=2)
+    merging = Merging("onties", 0.5, 1.0, "paper", every=2)
     assert stepped(merging, [-1.0], [[1.0], [1.0]]) == pytest.approx([-0.6], abs=1e-5)
     weight = parameter([1.0])
     optimizer = MergingAdamW([("w", weight)], merging, lambda _: torch.tensor([-1.0]), lr=0.1, weight_decay=1.0)
@@ -115,7 +116,8 @@ def test_positions_are_the_asked_share_the_same_for_the_same_key_and_none_twice(
 
 def test_the_threshold_lets_the_asked_share_through() -> None:
     values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    least = threshold("w", values, Shard(0, 200_000, 200_000), Merging("ties", keep=0.1))
+    layout = Layout([Shard(0, 200_000, 200_000)], "cpu")
+    least = Quantiles(["w"], layout, 0.1, 0, "cpu").of(values)
     assert (values.abs() >= least).float().mean().item() == pytest.approx(0.1, abs=0.015)
 
 
