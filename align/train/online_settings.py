@@ -20,6 +20,15 @@ class Config(DPOSettings):
         0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
     )
 
+    reference_at: Literal["start", "episode"] = Field(
+        "start", description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
+        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)"
+    )
+    asynchronous: bool = Field(
+        False, description="a second process samples an episode while the one before it is trained: samples are one "
+        "episode stale"
+    )
+
     episodes: int = Field(3, ge=1, description="rounds of sampling and updating")
     prompts_per_episode: int = Field(4096, ge=1, description="prompts that are sampled from in an episode")
     samples_per_prompt: int = Field(8, ge=2, description="completions of each prompt")
