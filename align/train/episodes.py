@@ -61,35 +61,58 @@ def episode_rows(
         again = [group for group in groups if group.scorer and not scorer.accepted(group)]
         add_samples(engine, again, config.resample, params, progress)
         scorer.score(again)
-    found = []
-    for group in groups:
-        chosen, rejected, margin, outcome = scorer.pair(group, f"{seed}/{episode}/{group.row['prompt_id']}")
-        ids = [list(c.token_ids) for c in group.completions]
-        length = len(group.prompt_ids) + max(len(ids[chosen]), len(ids[rejected]))
-        if outcome == "paired" and length > config.max_length:
-            if config.too_long == "error":
-                raise DataError(
-                    f"prompt {group.row['prompt_id']}: its pair has {length} tokens, max_length is "
-                    f"{config.max_length}; raise it, lower max_tokens, or drop such pairs with too_long=drop"
-                )
-            outcome = "too_long"
-        paired = outcome == "paired"
-        found.append(
-            {
-                "episode": episode,
-                "prompt_id": group.row["prompt_id"],
-                "family": group.family,
-                "prompt_ids": group.prompt_ids,
-                "completion_ids": ids,
-                "rewards": [one.reward for one in group.scored],
-                "scorer": group.scorer,
-                "outcome": outcome,
-                "chosen_ids": ids[chosen] if paired else None,
-                "rejected_ids": ids[rejected] if paired else None,
-                "margin": margin if paired else None,
-            }
+    return [_row_of(group, scorer, config, seed, episode) for group in groups]
+
+
+def _row_of(group: Group, scorer: Scorer, config: Config, seed: int, episode: int) -> dict[str, Any]:
+    """A prompt's row of the episode's file; its pairs still lack reference log-probabilities."""
+    pairs, outcome = scorer.pair(group, f"{seed}/{episode}/{group.row['prompt_id']}")
+    ids = [list(c.token_ids) for c in group.completions]
+    lengths = [len(group.prompt_ids) + max(len(ids[pair.chosen]), len(ids[pair.rejected])) for pair in pairs]
+    fitting = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= config.max_length]
+    if len(fitting) < len(pairs) and config.too_long == "error":
+        raise DataError(
+            f"prompt {group.row['prompt_id']}: its pair has {max(lengths)} tokens, max_length is "
+            f"{config.max_length}; raise it, lower max_tokens, or drop such pairs with too_long=drop"
         )
+    return {
+        "episode": episode,
+        "prompt_id": group.row["prompt_id"],
+        "family": group.family,
+        "prompt_ids": group.prompt_ids,
+        "completion_ids": ids,
+        "finish_reasons": [c.finish_reason for c in group.completions],
+        "sampler_logps": [None if c.logprobs is None else sum(c.logprobs) for c in group.completions],
+        "verdicts": [one.verdict for one in group.scored],
+        "rewards": [one.reward for one in group.scored],
+        "scorer": group.scorer,
+        "outcome": "too_long" if pairs and not fitting else outcome,
+        "pairs": [{"chosen": pair.chosen, "rejected": pair.rejected, "margin": pair.margin} for pair in fitting],
+    }
+
+
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs of an episode's rows as the trainer takes them, in the rows' order and a row's own order.
+
+    Each has `prompt_ids`, `chosen_ids`, `rejected_ids`, and the reference's log-probabilities where they are known.
+    """
+    found = []
+    for row in rows:
+        for pair in row["pairs"]:
+            ids = {f"{side}_ids": row["completion_ids"][pair[side]] for side in ("chosen", "rejected")}
+            known = {name: pair[name] for name in _REFERENCE if pair.get(name) is not None}
+            found.append({"prompt_ids": row["prompt_ids"]} | ids | known)
     return found
+
+
+def set_reference(rows: Sequence[Mapping[str, Any]], logps: Any) -> None:
+    """Writes the reference's log-probabilities, (N, 2), nats, into the pairs of the rows, in the order of `pairs_of`."""
+    every = [pair for row in rows for pair in row["pairs"]]
+    for pair, both in zip(every, logps.tolist(), strict=True):
+        pair.update(zip(_REFERENCE, both, strict=True))
 
 
 def sampling(config: Config, seed: int, temperature: float | None = None) -> SamplingParams:
@@ -167,9 +190,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _schema() -> Any:
+    """The columns of an episode's file: a row is a prompt, its lists have a place for each completion.
+
+    policy_step: the step whose weights sampled it.
+    sampler_logps: summed log-probability of a completion under the sampler, nats; null where it gave none.
+    verdicts: of a verifier, where one spoke.
+    scores: what each part of the scorer gave; null where it was not asked, or could not say.
+    penalties: what length and a missing end cost it.
+    rewards: what pairing saw, penalties taken off; null for an error.
+    became: what pairing made of each completion, see `reward.pairs.fates`.
+    scorer: the parts that scored, joined by +; outcome: paired, or why there is no pair.
+    pairs: places of the chosen and the rejected, and the reference's log-probabilities of both.
+    """
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
+    parts = [(part, pa.float64()) for part in ("verifier", "reward_model", "judge")]
+    pair = [("chosen", pa.int32()), ("rejected", pa.int32()), ("margin", pa.float64())]
     return pa.schema(
         {
             "episode": pa.int32(),
@@ -178,13 +215,15 @@ def _schema() -> Any:
             "family": pa.string(),
             "prompt_ids": ids,
             "completion_ids": pa.list_(ids),
+            "finish_reasons": pa.list_(pa.string()),
+            "sampler_logps": pa.list_(pa.float64()),
+            "verdicts": pa.list_(pa.string()),
+            "scores": pa.list_(pa.struct(parts)),
+            "penalties": pa.list_(pa.float64()),
             "rewards": pa.list_(pa.float64()),
+            "became": pa.list_(pa.string()),
             "scorer": pa.string(),
             "outcome": pa.string(),
-            "chosen_ids": ids,
-            "rejected_ids": ids,
-            "margin": pa.float64(),
-            "ref_chosen_logps": pa.float32(),
-            "ref_rejected_logps": pa.float32(),
+            "pairs": pa.list_(pa.struct([*pair, *((name, pa.float32()) for name in _REFERENCE)])),
         }
     )

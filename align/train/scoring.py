@@ -9,7 +9,7 @@ from typing import Any
 from align.core.engines.base import Completion
 from align.core.records import Row, Verdict
 from align.train.online_settings import Config
-from reward.pairs import Scored, make_pairs
+from reward.pairs import Pair, Scored, make_pairs
 from reward.scoring import item_of
 from reward.verifiers import VERIFIERS, Verifiers
 
@@ -122,16 +122,14 @@ class Scorer:
         rewards = [one.reward for one in group.scored if one.reward is not None and not one.truncated]
         return bool(rewards and self.reward_model.accepts(group.family, max(rewards)))
 
-    def pair(self, group: Group, seed: str) -> tuple[int, int, float, str]:
-        """Places of the chosen and the rejected, their margin, and what became of the prompt (`paired`, or why not)."""
+    def pair(self, group: Group, seed: str) -> tuple[list[Pair], str]:
+        """The prompt's pairs, and what became of it: `paired`, or why it has none."""
         if not group.scorer:
-            return -1, -1, 0.0, "no_scorer"
+            return [], "no_scorer"
         pairs, counts = make_pairs(group.scored, min_margin=self.config.min_margin, seed=seed)
         outcome: str = next(reason for reason in counts if not reason.startswith("dropped_"))
         if pairs and group.scorer == "reward_model":
             rewards = [group.scored[pairs[0].chosen].reward, group.scored[pairs[0].rejected].reward]
             if self.reward_model.judge_group(group.family, rewards) is None:
-                return -1, -1, 0.0, "abstained"
-        if not pairs:
-            return -1, -1, 0.0, outcome
-        return pairs[0].chosen, pairs[0].rejected, pairs[0].margin, "paired"
+                return [], "abstained"
+        return pairs, outcome
