@@ -72,7 +72,9 @@ class OnlineDPO(DPO):
         self.second: Scorer | None = None
         self.ahead: Ahead | None = None
         self.reference = None if reference is None else self.score_like_the_policy(reference)
-        self.engine = sampler or Live(self.model, self.processing_class, self.precision)
+        self.engine: Any = sampler
+        if sampler is None and share is not None:
+            self.engine = Live(self.model, self.processing_class, self.precision)
         self.save_every = Speed.of(tools.speed).save_every
         self.borders = Borders(tools.work / "border")
         self.began_at = 0  # step at which the episode began
@@ -109,12 +111,14 @@ class OnlineDPO(DPO):
         """The start's probe and the first border; or, after a kill, the newest state."""
         self.begun = True
         if self.borders.read() is None:
+            if self.ahead is not None:
+                self.ahead.begin()  # it has much to load, while this one looks
             self._look_at_start()
             self._keep_state()
             self._write_border()
             return
         self._restore(self.steps_before if self.steps_before > self.began_at else self.weights_at)
-        if self.accelerator.is_main_process:  # the step's folder was emptied
+        if self.accelerator.is_main_process and self.share is not None:  # the step's folder was emptied
             for number in range(self.episode):
                 self._publish(number)
 

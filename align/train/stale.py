@@ -102,7 +102,7 @@ class Ahead:
         if episode in self._asked or self.work.file(episode).exists():
             return
         if self._process is None:
-            self._begin()
+            self.begin()
         assert self._line is not None
         self._asked.add(episode)
         try:
@@ -133,7 +133,8 @@ class Ahead:
         while self._line is not None and self._line.poll():
             self._hear()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Starts the second process."""
         context = multiprocessing.get_context(START)
         self._line, other = context.Pipe()
         self._process = context.Process(target=sample_ahead, args=(self.work, other), name="samples ahead")
