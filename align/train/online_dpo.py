@@ -34,6 +34,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     from align.train import adapters, models
     from align.train.episodes import Prompts
+    from align.train.guards import second_scorer
     from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
@@ -79,6 +80,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             peft_config=adapters.lora_of(config, policy),
         )
         online.starts_at_reference = same
+        online.second = second_scorer(config, inputs, speed, verifiers, tokenizer)
         start = start_of(config, online, title, prompts, most_steps, frozen is not None)
         tell(start, tools)
         if tools.rehearse:
@@ -130,6 +132,8 @@ def summary(online: Any) -> dict[str, Any]:
     if found["rolled_back"]:
         reasons = [f"episode {r['episode']}: {'; '.join(r['rolled_back'])}" for r in records if r["rolled_back"]]
         found["warnings"] = [f"rolled back {reason}" for reason in reasons]
+        if records[-1]["stopped"]:
+            found["warnings"].append(f"ended after episode {records[-1]['episode']}: {records[-1]['stopped']}")
     return found
 
 
@@ -147,6 +151,9 @@ STAGE = Stage(
         "policy": Need(Kind.MODEL, "the model to start from, as a rule the one that dpo made"),
         "prompts": Need(Kind.PROMPTS, "what to sample from; its dev split is what the guards look at"),
         "reward_model": Need(Kind.REWARD_MODEL, "scores what no verifier decides", optional=True),
+        "second_reward_model": Need(
+            Kind.REWARD_MODEL, "held out: the guards score with it, and nothing is trained on it", optional=True
+        ),
         "reference": Need(
             Kind.MODEL, "the frozen model to stay near; the policy itself where not given", optional=True
         ),
