@@ -192,6 +192,9 @@ STAGE = Stage(
         "policy": Need(Kind.MODEL, "the model to start from, as a rule the one that dpo made"),
         "prompts": Need(Kind.PROMPTS, "what to sample from; its dev split is what the guards look at"),
         "reward_model": Need(Kind.REWARD_MODEL, "scores what no verifier decides", optional=True),
+        "second_reward_model": Need(
+            Kind.REWARD_MODEL, "held out: the guards score with it, and nothing is trained on it", optional=True
+        ),
         "reference": Need(
             Kind.MODEL, "the frozen model to stay near; the policy itself where not given", optional=True
         ),

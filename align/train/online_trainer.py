@@ -241,7 +241,7 @@ class OnlineDPO(DPO):
         probe = self._look()
         found = objections(self.settings, self.kept, probe, chosen_change)
         line = {"episode": self.episode + 1, "pairs": self.record["pairs"]}
-        self._say_probe(probe, line | ({"rolled_back": 1.0} if found else {}))
+        self._say_probe(probe, line | {"rolled_back": float(bool(found))})
         self.record["probe"] = probe.means()
         self.record["seconds"]["look"] = time.monotonic() - began
         if not found:
