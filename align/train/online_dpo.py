@@ -37,7 +37,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
-    from align.train.scoring import Scorer
+    from align.train.scoring import Scorer, judge_of
     from align.train.trainer import set_batches
     from reward.verifiers import Verifiers
 
@@ -49,14 +49,16 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     tokenizer = models.load_tokenizer(policy)
     arguments = dpo_arguments(config, speed, tools)  # first, since it says which GPU is this process's
     prompts = Prompts(table, config, tools.seed)
-    reward_model = reward_model_of(config, inputs, speed)
+    judge = judge_of(config, tools, "reward_model" in inputs)
+    reward_model = reward_model_of(config, inputs, speed, judge is not None)
     lora = config.lora_rank > 0
     # With adapters the reference is the policy without them; else it is a second model.
     same = reference.fingerprint == policy.fingerprint
     frozen = None if lora and same else models.load_policy(reference, speed, config)
 
     set_batches(arguments, config.global_batch_size, config.global_batch_size, speed)
-    most_steps = config.episodes * (math.ceil(prompts.size * config.epochs / config.global_batch_size) + 1)
+    most_pairs = prompts.size * (config.max_pairs if config.pairing == "all" else 1)
+    most_steps = config.episodes * (math.ceil(most_pairs * config.epochs / config.global_batch_size) + 1)
     arguments.max_steps = most_steps
     arguments.save_strategy = "no"  # borders between episodes are saved
     # The trainer needs a dataset to count its steps by; the pairs come from the episodes.
@@ -70,7 +72,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
             config,
             tools,
             prompts,
-            Scorer(config, verifiers, reward_model, tokenizer),
+            Scorer(config, verifiers, reward_model, tokenizer, judge),
             frozen,
             model=model,
             args=arguments,
@@ -96,15 +98,15 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     return Result(summary=summary(online) | about)
 
 
-def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed) -> Any:
-    """The reward model, where there is one.
+def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed, judged: bool) -> Any:
+    """The reward model, where there is one; under mix a judge may be in its place.
 
     Raises:
         ModelError: the scorer needs one and none was given.
     """
     given = inputs.get("reward_model")
     if given is None:
-        if config.scorer != "verifier":
+        if "reward_model" in config.scored_by and not (config.scorer == "mix" and judged):
             raise ModelError(
                 f"online-dpo: scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
             )
@@ -136,7 +138,11 @@ def summary(online: Any) -> dict[str, Any]:
 def asks(config: Config) -> dict[str, Asks]:
     """The policy's samples of all episodes; the guards' few apart."""
     samples = config.episodes * (config.samples_per_prompt + config.resample)
-    return {"policy": Asks(samples, config.max_tokens, prompts=config.prompts_per_episode)}
+    if config.choose_from > 1:
+        samples += config.episodes * (config.choose_from - 1) * (config.samples_per_prompt // 2)
+    prompts = config.prompts_per_episode
+    judged = Asks(samples * config.judge_votes, config.judge_max_tokens, prompts=prompts)
+    return {"policy": Asks(samples, config.max_tokens, prompts=prompts), "judge": judged}
 
 
 STAGE = Stage(
@@ -153,7 +159,12 @@ STAGE = Stage(
     },
     gives=Kind.MODEL,
     run=run,
+    engines={
+        "judge": "a model that grades completions, under scorer judge or weighted, or under mix for a reward model"
+    },
+    optional_engines=("judge",),
+    reads=("judge_template",),
     asks=asks,
     trains=True,
-    version=2,
+    version=3,
 )

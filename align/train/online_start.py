@@ -16,8 +16,27 @@ from align.train.trainer import learning_rates
 _SCORERS = {
     "verifier": "the verifiers",
     "reward_model": "the reward model",
-    "mix": "the verifiers, and the reward model where there is none",
+    "judge": "the judge",
+    "mix": "the verifiers, and the reward model (or the judge) where there is none",
 }
+
+_PAIRS = {
+    "max_min": "the best against the worst completion of a prompt",
+    "max_random": "the best against another completion of a prompt",
+    "random": "two completions of a prompt, drawn at random",
+    "all": "of a prompt every passed completion with a failed one, or any two with a margin",
+}
+
+
+def _scorers(config: Config) -> str:
+    if config.scorer == "weighted":
+        parts = (f"{weight:g} × {_SCORERS[part]}" for part, weight in config.weights.items())
+        return f"{' + '.join(parts)}, each standardised"
+    return _SCORERS[config.scorer]
+
+
+def _looked_at(prompts: Prompts) -> str:
+    return f" (of {prompts.looked_at:,} looked at)" if prompts.looked_at > prompts.size else ""
 
 
 def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_steps: int, frozen: bool) -> Start:
@@ -42,10 +61,10 @@ def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_ste
         steps=most_steps,
         at_most=True,
         epochs=config.epochs,
-        episodes=f"{config.episodes}, each of {prompts.size:,} prompts × {config.samples_per_prompt} completions of at "
-        f"most {config.max_tokens:,} tokens; scored by {_SCORERS[config.scorer]}; {len(prompts.probes):,} prompts of "
+        episodes=f"{config.episodes}, each of {prompts.size:,} prompts{_looked_at(prompts)} × "
+        f"{config.samples_per_prompt} completions of at most {config.max_tokens:,} tokens; scored by {_scorers(config)}; {len(prompts.probes):,} prompts of "
         f"the split {prompts.probe_split} for the guards",
-        layout="the best against the worst completion of a prompt",
+        layout=_PAIRS[config.pairing],
         optimizer=f"AdamW, weight decay {config.weight_decay:g}, clip {config.max_grad_norm:g}",
         learning_rates=learning_rates(config, most_steps),
         scheduler=config.lr_scheduler,
