@@ -29,17 +29,20 @@ from align.core.stage import Asks, Need, Result, Stage, Tools
 from align.core.start import tell
 from align.core.store import ModelRef, Table
 from align.train.online_settings import Config
-from align.train.settings import LOSS_OVER, Speed
+from align.train.settings import LOSS_OVER, MERGING_NEEDS, Speed
 
 
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Trains a policy on its own completions and writes it to `tools.out / "model"`."""
+    from accelerate.utils import gather_object
+
     from align.train import adapters, models, samplers
     from align.train.episodes import Prompts
     from align.train.guards import second_scorer
     from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
+    from align.train.scoring import judge_of
     from align.train.share import Share
     from align.train.stale import Ahead, Work
     from align.train.tau import merging_figures, tau_of
@@ -50,12 +53,13 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
     adapters.check_stackable(policy, config)
     tau = tau_of(config, inputs, policy)
-    check_engines(config, tools)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(policy)
     arguments = dpo_arguments(config, speed, tools)  # first, since it says which GPU is this process's
-    prompts = Prompts(table, config, tools.seed)
     rank, world = arguments.process_index, arguments.world_size
+    check_asynchronous(config, tools, world)
+    prompts = Prompts(table, config, tools.seed)
+    judge = judge_of(config, tools, "reward_model" in inputs)
     sampler = samplers.given(config, tools, policy, tokenizer, world)
     # With adapters the reference is the policy without them; else it is a second model.
     same = reference.fingerprint == policy.fingerprint
@@ -67,8 +71,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     work = Work(config, inputs, tools.seed, tools.work, speed, rank, world)
     ahead = Ahead(work, tools.progress) if config.asynchronous else None
     with Verifiers(say=tools.progress.say) as verifiers, ahead or nullcontext():
-        scorer = scorer_of(config, inputs, speed, verifiers, tokenizer)
-        share = Share(config, prompts, scorer, tools.seed, tokenizer, tools.progress, tools.work, rank, world)
+        scorer = scorer_of(config, inputs, speed, verifiers, tokenizer, judge)
+        share = Share(
+            config, prompts, scorer, tools.seed, tokenizer, tools.progress, tools.work, rank, world, gather_object
+        )
         trl = trl_of(config, policy, speed, arguments, tokenizer, most_steps)
         online = OnlineDPO(config, tools, share, frozen, sampler, **trl)
         online.starts_at_reference = same
@@ -92,16 +98,21 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     return Result(summary=summary(online) | about)
 
 
-def check_engines(config: Config, tools: Tools) -> None:
-    """Refuses engines of the recipe that the second process of `asynchronous` can't have.
+def check_asynchronous(config: Config, tools: Tools, processes: int) -> None:
+    """Refuses what the second process of `asynchronous` can't do.
 
     Raises:
-        RecipeError: there are some.
+        RecipeError: there is some.
     """
     if config.asynchronous and tools.engines:
         raise RecipeError(
             f"asynchronous: the second process samples with an embedded engine of its own and can't share the engine "
             f"{', '.join(sorted(tools.engines))} of the recipe; leave that out, or set asynchronous to false"
+        )
+    if config.asynchronous and processes > 1 and (config.choose_from > 1 or config.scorer == "weighted"):
+        raise RecipeError(
+            "asynchronous: choose_from and scorer=weighted compare the prompts of all processes, and those that sample "
+            f"ahead for {processes} trainings don't know of each other; set processes=1, or asynchronous to false"
         )
 
 
@@ -131,23 +142,23 @@ def trl_of(
 
 
 def scorer_of(
-    config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed, verifiers: Any, tokenizer: Any
+    config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed, verifiers: Any, tokenizer: Any, judge: Any
 ) -> Any:
     """What scores the samples; the second process of `asynchronous` has one of its own."""
     from align.train.scoring import Scorer
 
-    return Scorer(config, verifiers, reward_model_of(config, inputs, speed), tokenizer)
+    return Scorer(config, verifiers, reward_model_of(config, inputs, speed, judge is not None), tokenizer, judge)
 
 
-def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed) -> Any:
-    """The reward model, where there is one.
+def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed, judged: bool) -> Any:
+    """The reward model, where there is one; under mix a judge may be in its place.
 
     Raises:
         ModelError: the scorer needs one and none was given.
     """
     given = inputs.get("reward_model")
     if given is None:
-        if config.scorer != "verifier":
+        if "reward_model" in config.scored_by and not (config.scorer == "mix" and judged):
             raise ModelError(
                 f"online-dpo: scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
             )
@@ -181,7 +192,11 @@ def summary(online: Any) -> dict[str, Any]:
 def asks(config: Config) -> dict[str, Asks]:
     """The policy's samples of all episodes; the guards' few apart."""
     samples = config.episodes * (config.samples_per_prompt + config.resample)
-    return {"policy": Asks(samples, config.max_tokens, prompts=config.prompts_per_episode)}
+    if config.choose_from > 1:
+        samples += config.episodes * (config.choose_from - 1) * (config.samples_per_prompt // 2)
+    prompts = config.prompts_per_episode
+    judged = Asks(samples * config.judge_votes, config.judge_max_tokens, prompts=prompts)
+    return {"policy": Asks(samples, config.max_tokens, prompts=prompts), "judge": judged}
 
 
 STAGE = Stage(
@@ -198,9 +213,15 @@ STAGE = Stage(
         "reference": Need(
             Kind.MODEL, "the frozen model to stay near; the policy itself where not given", optional=True
         ),
+        **MERGING_NEEDS,
     },
     gives=Kind.MODEL,
     run=run,
+    engines={
+        "judge": "a model that grades completions, under scorer judge or weighted, or under mix for a reward model"
+    },
+    optional_engines=("judge",),
+    reads=("judge_template",),
     asks=asks,
     trains=True,
     version=3,

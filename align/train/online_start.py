@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.core.chat import prompt_ids
+from align.core.chat import row_prompt_ids
 from align.core.cost import shape_of
 from align.core.examples import Line, Span
 from align.core.memory import memory_of
 from align.core.start import Batch, Start
-from align.train.episodes import Prompts, pairs_of
+from align.train.episode_file import pairs_of
+from align.train.episodes import Prompts
 from align.train.online_settings import Config
 from align.train.tau import drift_warnings, optimizer_words
 from align.train.trainer import learning_rates
@@ -17,8 +18,27 @@ from align.train.trainer import learning_rates
 _SCORERS = {
     "verifier": "the verifiers",
     "reward_model": "the reward model",
-    "mix": "the verifiers, and the reward model where there is none",
+    "judge": "the judge",
+    "mix": "the verifiers, and the reward model (or the judge) where there is none",
 }
+
+_PAIRS = {
+    "max_min": "the best against the worst completion of a prompt",
+    "max_random": "the best against another completion of a prompt",
+    "random": "two completions of a prompt, drawn at random",
+    "all": "of a prompt every passed completion with a failed one, or any two with a margin",
+}
+
+
+def _scorers(config: Config) -> str:
+    if config.scorer == "weighted":
+        parts = (f"{weight:g} × {_SCORERS[part]}" for part, weight in config.weights.items())
+        return f"{' + '.join(parts)}, each standardised"
+    return _SCORERS[config.scorer]
+
+
+def _looked_at(prompts: Prompts) -> str:
+    return f" (of {prompts.looked_at:,} looked at)" if prompts.looked_at > prompts.size else ""
 
 
 def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_steps: int, frozen: bool) -> Start:
@@ -28,16 +48,16 @@ def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_ste
         most_steps: if every prompt gave all the pairs that it can.
         frozen: whether a reference model is in memory beside the policy.
     """
-    ids = [prompt_ids(online.processing_class, row["prompt"]) for row in prompts.of_episode(0)[:2]]
+    ids = [row_prompt_ids(online.processing_class, row) for row in prompts.of_episode(0)[:2]]
     ahead = "; sampled by a second process while the episode before is trained" if config.asynchronous else ""
     return Start(
         title=title,
         examples=[[Line("prompt", [Span(online.processing_class.decode(each))])] for each in ids],
         unit="prompts",
         kept=len(prompts.train),
-        episodes=f"{config.episodes}, each of {prompts.size:,} prompts × {config.samples_per_prompt} completions of at "
-        f"most {config.max_tokens:,} tokens{ahead}; scored by {_SCORERS[config.scorer]}; {len(prompts.probes):,} "
-        f"prompts of the split {prompts.probe_split} for the guards",
+        episodes=f"{config.episodes}, each of {prompts.size:,} prompts{_looked_at(prompts)} × "
+        f"{config.samples_per_prompt} completions of at most {config.max_tokens:,} tokens{ahead}; scored by "
+        f"{_scorers(config)}; {len(prompts.probes):,} prompts of the split {prompts.probe_split} for the guards",
         **_shared(config, online, most_steps, frozen, max(map(len, ids)) + config.max_tokens, config.max_tokens),
     )
 
@@ -76,7 +96,7 @@ def _shared(config: Config, online: Any, most_steps: int, frozen: bool, longest:
         "steps": most_steps,
         "at_most": True,
         "epochs": config.epochs,
-        "layout": "the best against the worst completion of a prompt",
+        "layout": _PAIRS[config.pairing],
         "optimizer": optimizer_words(config),
         "warnings": drift_warnings(config, most_steps),
         "learning_rates": learning_rates(config, most_steps),

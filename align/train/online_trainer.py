@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from align.core.stage import Tools
 from align.train.border import Borders, load_weights
 from align.train.data import batch_order
-from align.train.episodes import pairs_of, read_rows, set_reference, write_rows, yields
+from align.train.episode_file import pairs_of, read_rows, record_of, set_reference, write_rows
 from align.train.guards import Probe, check_gap, end_of_run, look, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
@@ -128,21 +128,10 @@ class OnlineDPO(DPO):
         """Has the episode's rows sampled, scored and paired where they aren't yet, and fills the queue."""
         began = time.monotonic()
         found = self._rows()
-        pairs = pairs_of(found)
-        self.queue = self._batches(pairs)
+        self.queue = self._batches(pairs_of(found))
         self.steps_here = max(1, len(self.queue))
-        rewards = [r for row in found for r in row["rewards"] if r is not None]
-        lengths = [len(ids) for row in found for ids in row["completion_ids"]]
-        self.record = {
-            "episode": self.episode + 1,
-            "prompts": len(found),
-            "pairs": len(pairs),
-            "outcomes": dict(yields(found)),
-            "steps": len(self.queue),
-            "reward": float(np.mean(rewards)) if rewards else None,
-            "length": float(np.mean(lengths)) if lengths else None,
-            "seconds": {"samples": time.monotonic() - began},
-        }
+        self.record = {"episode": self.episode + 1} | record_of(found) | {"steps": len(self.queue)}
+        self.record["seconds"] = {"samples": time.monotonic() - began}
         behind = self.step - self.began_at  # by a process that was killed
         del self.queue[:behind]
         for group in self.optimizer.param_groups:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.stage import Tools
-from align.train.episodes import read_rows
+from align.train.episode_file import read_rows
 from align.train.online_settings import Config
 from align.train.online_trainer import OnlineDPO
 

@@ -10,9 +10,9 @@ from typing import Any
 from align.core.engines.base import Engine
 from align.core.engines.cache import CachedEngine
 from align.core.stage import Progress
-from align.train.episodes import Prompts, episode_rows
+from align.train.episodes import Prompts, episode_rows, samples_of
 from align.train.online_settings import Config
-from align.train.scoring import Scorer
+from align.train.scoring import Gather, Scorer
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Share:
         tokenizer: the policy's.
         work: a folder that survives a kill.
         rank: which of the processes this is, of `world`.
+        gather: see `align.train.scoring.Gather`.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class Share:
     work: Path
     rank: int = 0
     world: int = 1
+    gather: Gather = list
 
     def rows(self, engine: Engine, episode: int, policy_step: int) -> list[dict[str, Any]]:
         """The rows of an episode that are this process's, without reference log-probabilities.
@@ -50,11 +52,11 @@ class Share:
         config = self.config
         mine = self.prompts.of_episode(episode)[self.rank :: self.world]
         what = f"samples, episode {episode + 1}/{config.episodes}"
-        self.progress.start(len(mine) * config.samples_per_prompt, what)
+        self.progress.start(samples_of(config, len(mine)), what)
         kept = CachedEngine(engine, self._file(episode))
         try:
             found = episode_rows(
-                kept, mine, self.scorer, config, self.seed, episode, self.tokenizer, self.progress
+                kept, mine, self.scorer, config, self.seed, episode, self.tokenizer, self.progress, self.gather
             )
         finally:
             kept.file.close()

@@ -33,7 +33,8 @@ from align.core.errors import AlignError, RunError
 from align.core.stage import Progress
 from align.core.store import ModelRef, Table
 from align.train.border import Borders, load_weights
-from align.train.episodes import Prompts, read_rows, write_rows
+from align.train.episode_file import read_rows, write_rows
+from align.train.episodes import Prompts
 from align.train.online_settings import Config
 from align.train.settings import Speed
 from align.train.share import Share
@@ -224,7 +225,7 @@ def _serve(work: Work, line: Connection) -> None:
     engine, borders, progress = Live(model, tokenizer, speed.precision), Borders(work.work / "border"), _Told(line)
     prompts = Prompts(table, work.config, work.seed)
     with Verifiers(say=progress.say) as verifiers:
-        scorer = scorer_of(work.config, work.inputs, replace(speed, device=str(device)), verifiers, tokenizer)
+        scorer = scorer_of(work.config, work.inputs, replace(speed, device=str(device)), verifiers, tokenizer, None)
         share = Share(
             work.config, prompts, scorer, work.seed, tokenizer, progress, work.work, work.rank, work.world
         )

@@ -13,7 +13,7 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import DataError, ModelError, RunError
 from align.core.records import Kind
 from align.core.store import ModelRef, Table
-from align.train.episodes import pairs_of
+from align.train.episode_file import pairs_of
 from align.train.online_dpo import STAGE
 from align.train.sft import STAGE as SFT
 from reward.loading import template_hash
