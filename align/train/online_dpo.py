@@ -196,7 +196,7 @@ def asks(config: Config) -> dict[str, Asks]:
         samples += config.episodes * (config.choose_from - 1) * (config.samples_per_prompt // 2)
     prompts = config.prompts_per_episode
     judged = Asks(samples * config.judge_votes, config.judge_max_tokens, prompts=prompts)
-    return {"policy": Asks(samples, config.max_tokens, prompts=prompts), "judge": judged}
+    return {"sampler": Asks(samples, config.max_tokens, prompts=prompts), "judge": judged}
 
 
 STAGE = Stage(
@@ -218,9 +218,11 @@ STAGE = Stage(
     gives=Kind.MODEL,
     run=run,
     engines={
-        "judge": "a model that grades completions, under scorer judge or weighted, or under mix for a reward model"
+        "sampler": "samples for the policy, whose own model it is and whose weights it takes; the policy itself",
+        "judge": "a model that grades completions, under scorer judge or weighted, or under mix for a reward model",
     },
-    optional_engines=("judge",),
+    optional_engines=("sampler", "judge"),
+    served={"sampler": "policy"},
     reads=("judge_template",),
     asks=asks,
     trains=True,
