@@ -1,4 +1,4 @@
-"""`align replay RUN/STEP key=value … out=FOLDER`: the arguments of the stage `replay`, from what the run says of itself."""
+"""`align replay RUN/STEP key=value … out=FOLDER`: the arguments of the stage `replay`, as the run tells them."""
 
 from __future__ import annotations
 

@@ -27,12 +27,14 @@ class Config(DPOSettings, JudgeConfig):
     )
 
     reference_at: Literal["start", "episode"] = Field(
-        "start", description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
-        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)"
+        "start",
+        description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
+        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)",
     )
     asynchronous: bool = Field(
-        False, description="a second process samples an episode while the one before it is trained: samples are one "
-        "episode stale"
+        False,
+        description="a second process samples an episode while the one before it is trained: samples are one "
+        "episode stale",
     )
 
     episodes: int = Field(3, ge=1, description="rounds of sampling and updating")

@@ -80,12 +80,15 @@ def replay_start_of(config: Config, replayed: Any, title: str, most_steps: int, 
         kept=len(pairs),
         longest=max(whole, default=0),
         max_length=config.max_length,
-        episodes=f"{len(kept)} as they were sampled" + (f"; {undone} that were rolled back are left out" * (undone > 0)),
+        episodes=f"{len(kept)} as they were sampled"
+        + (f"; {undone} that were rolled back are left out" * (undone > 0)),
         **_shared(config, replayed, most_steps, frozen, max(whole, default=1), max(longest, default=1)),
     )
 
 
-def _shared(config: Config, online: Any, most_steps: int, frozen: bool, longest: int, completion: int) -> dict[str, Any]:
+def _shared(
+    config: Config, online: Any, most_steps: int, frozen: bool, longest: int, completion: int
+) -> dict[str, Any]:
     """What both have: batches, steps, losses, optimizer, weights and memory."""
     arguments, device = online.args, online.args.device.type
     micro, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps

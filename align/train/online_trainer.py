@@ -276,9 +276,7 @@ class OnlineDPO(DPO):
         if self.accelerator.is_main_process:
             weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
             lines = len(self.curves.lines)
-            self.borders.keep(
-                self.step, {"weights": weights, "optimizer": self.optimizer.state_dict(), "lines": lines}
-            )
+            self.borders.keep(self.step, {"weights": weights, "optimizer": self.optimizer.state_dict(), "lines": lines})
         self.accelerator.wait_for_everyone()
 
     def _write_border(self) -> None:

@@ -43,7 +43,8 @@ class Config(StageConfig):
 
     run: str = Field(description="the folder of a finished online-dpo step, with its manifest and episodes")
     changes: dict[str, Any] = Field(
-        {}, description="settings of online-dpo that are to differ from the run's, such as {beta: 0.2}; of training only"
+        {},
+        description="settings of online-dpo that are to differ from the run's, such as {beta: 0.2}; of training only",
     )
 
     @field_validator("changes")
@@ -110,8 +111,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     }
     if not config.changes:
         about["same_weights"] = same_weights(tools.out / "model", Path(config.run).expanduser() / "model")
-        told = "are the run's, bit by bit" if about["same_weights"] else (
-            "differ from the run's: another machine, number of threads, precision, micro batch, or a GPU"
+        told = (
+            "are the run's, bit by bit"
+            if about["same_weights"]
+            else ("differ from the run's: another machine, number of threads, precision, micro batch, or a GPU")
         )
         tools.progress.say(f"the weights {told}")
     return Result(summary=about)

@@ -136,7 +136,7 @@ class Ahead:
 
     def begin(self) -> None:
         """Starts the second process."""
-        context = multiprocessing.get_context(START)
+        context: Any = multiprocessing.get_context(START)
         self._line, other = context.Pipe()
         self._process = context.Process(target=sample_ahead, args=(self.work, other), name="samples ahead")
         self._process.start()
@@ -226,9 +226,7 @@ def _serve(work: Work, line: Connection) -> None:
     prompts = Prompts(table, work.config, work.seed)
     with Verifiers(say=progress.say) as verifiers:
         scorer = scorer_of(work.config, work.inputs, replace(speed, device=str(device)), verifiers, tokenizer, None)
-        share = Share(
-            work.config, prompts, scorer, work.seed, tokenizer, progress, work.work, work.rank, work.world
-        )
+        share = Share(work.config, prompts, scorer, work.seed, tokenizer, progress, work.work, work.rank, work.world)
         while True:
             episode, weights_at = line.recv()
             load_weights(model, borders.weights(weights_at))
