@@ -62,8 +62,8 @@ def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_ste
         at_most=True,
         epochs=config.epochs,
         episodes=f"{config.episodes}, each of {prompts.size:,} prompts{_looked_at(prompts)} × "
-        f"{config.samples_per_prompt} completions of at most {config.max_tokens:,} tokens; scored by {_scorers(config)}; {len(prompts.probes):,} prompts of "
-        f"the split {prompts.probe_split} for the guards",
+        f"{config.samples_per_prompt} completions of at most {config.max_tokens:,} tokens; scored by "
+        f"{_scorers(config)}; {len(prompts.probes):,} prompts of the split {prompts.probe_split} for the guards",
         layout=_PAIRS[config.pairing],
         optimizer=f"AdamW, weight decay {config.weight_decay:g}, clip {config.max_grad_norm:g}",
         learning_rates=learning_rates(config, most_steps),
