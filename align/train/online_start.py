@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.core.chat import prompt_ids
+from align.core.chat import row_prompt_ids
 from align.core.cost import shape_of
 from align.core.examples import Line, Span
 from align.core.memory import memory_of
@@ -29,7 +29,7 @@ def start_of(config: Config, online: Any, title: str, prompts: Prompts, most_ste
     """
     arguments, device = online.args, online.args.device.type
     first = prompts.of_episode(0)[:2]
-    ids = [prompt_ids(online.processing_class, row["prompt"]) for row in first]
+    ids = [row_prompt_ids(online.processing_class, row) for row in first]
     micro, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     shape = shape_of(online.model)
     longest = max(map(len, ids)) + config.max_tokens

@@ -23,7 +23,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from align.core.errors import RunError
 from align.core.stage import Tools
 from align.train.data import batch_order
-from align.train.episodes import Prompts, episode_rows, read_rows, write_rows, yields
+from align.train.episode_file import pairs_of, read_rows, record_of, set_reference, write_rows
+from align.train.episodes import Prompts, episode_rows, samples_of
 from align.train.guards import Probe, look, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
@@ -107,7 +108,7 @@ class OnlineDPO(DPO):
             rows = self.prompts.of_episode(self.episode)
             share = rows[self.args.process_index :: self.args.world_size]
             what = f"samples, episode {self.episode + 1}/{config.episodes}"
-            tools.progress.start(len(share) * config.samples_per_prompt, what)
+            tools.progress.start(samples_of(config, len(share)), what)
             with self._sampling():
                 found = episode_rows(
                     self.engine,
@@ -118,14 +119,12 @@ class OnlineDPO(DPO):
                     self.episode,
                     self.processing_class,
                     tools.progress,
+                    gather_object,
                 )
             # In the prompts' order, whatever the number of processes.
             order = {row["prompt_id"]: place for place, row in enumerate(rows)}
             found = sorted(gather_object(found), key=lambda row: order[row["prompt_id"]])
-            pairs = [row for row in found if row["outcome"] == "paired"]
-            logps = self.reference_logps(pairs, self.reference)
-            for row, (chosen, rejected) in zip(pairs, logps.tolist(), strict=True):
-                row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            set_reference(found, self.reference_logps(pairs_of(found), self.reference))
             if self.accelerator.is_main_process:
                 write_rows(path, [row | {"policy_step": self.step} for row in found])
             self.accelerator.wait_for_everyone()
@@ -134,20 +133,10 @@ class OnlineDPO(DPO):
             public = tools.out / "episodes" / path.name
             public.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, public)
-        pairs = [row for row in found if row["outcome"] == "paired"]
+        pairs = pairs_of(found)
         self.queue = self._batches(pairs)
         self.began_at, self.steps_here = self.step, max(1, len(self.queue))
-        rewards = [r for row in found for r in row["rewards"] if r is not None]
-        lengths = [len(ids) for row in found for ids in row["completion_ids"]]
-        self.record = {
-            "episode": self.episode + 1,
-            "prompts": len(found),
-            "pairs": len(pairs),
-            "outcomes": dict(yields(found)),
-            "steps": len(self.queue),
-            "reward": float(np.mean(rewards)) if rewards else None,
-            "length": float(np.mean(lengths)) if lengths else None,
-        }
+        self.record = {"episode": self.episode + 1} | record_of(found) | {"steps": len(self.queue)}
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._factor(0)
         tools.progress.start(len(self.queue), f"steps, episode {self.episode + 1}/{config.episodes}")
