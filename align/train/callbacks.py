@@ -105,6 +105,17 @@ class Marks(TrainerCallback):  # type: ignore[misc]
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class MergesTheRest(TrainerCallback):  # type: ignore[misc]
+    """Merges the steps after the last merge, where the Online Merging Optimizer merges every few steps."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last checkpoint is from before, so a run that goes on from it ends the same."""
+        self.optimizer.finish()
+
+
 def whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end, if there is one; those that were not are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

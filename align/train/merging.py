@@ -110,7 +110,7 @@ class MergingAdamW(torch.optim.Optimizer):
         super().__init__(named, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient; tau's term goes to all."""
         loss = None
         if closure is not None:
@@ -185,7 +185,7 @@ class MergingAdamW(torch.optim.Optimizer):
         states = [self.state[part.parameters[number]] for number in moving]
         adamw(
             [targets[number] for number in moving],
-            [local(part.parameters[number].grad).float().contiguous() for number in moving],  # type: ignore[union-attr]
+            [gradient(part.parameters[number]) for number in moving],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             [],
@@ -194,7 +194,7 @@ class MergingAdamW(torch.optim.Optimizer):
             weight_decay=weight_decay,
         )  # fmt: skip
 
-    def _merge(self, part: Part, weights: Sequence[Tensor], step: Tensor) -> None:
+    def _merge(self, part: Part, weights: list[Tensor], step: Tensor) -> None:
         """weights += the merged step, of the buffer's (1 - alpha) Delta."""
         merging = self.merging
         code = merging.as_in == "code"
@@ -279,9 +279,7 @@ class Part:
 
     def moving(self) -> list[int]:
         """Numbers of the parameters that have a gradient."""
-        return [
-            number for number, p in enumerate(self.parameters) if p.grad is not None and self.sizes[number]
-        ]
+        return [number for number, p in enumerate(self.parameters) if p.grad is not None and self.sizes[number]]
 
     def weights(self, state: Any) -> list[Tensor]:
         """In float32, as they lie in this process."""
@@ -299,7 +297,7 @@ class Part:
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """A buffer as tensors of the parameters' shapes."""
-        pieces = buffer.split(self.sizes)
+        pieces = buffer.split_with_sizes(self.sizes)
         return [piece.view(local(p).shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     # --- what is kept -----------------------------------------------------------------------------------------------
@@ -324,7 +322,7 @@ class Part:
             return
         least = self.quantiles.of(step)
         below = torch.nextafter(least, torch.zeros_like(least)).tolist()
-        for piece, limit in zip(step.split(self.sizes), below, strict=True):
+        for piece, limit in zip(step.split_with_sizes(self.sizes), below, strict=True):
             torch.hardshrink(piece, limit, out=piece)
 
     # --- tau --------------------------------------------------------------------------------------------------------
@@ -334,7 +332,7 @@ class Part:
         if tau is None:
             raise ModelError("merging: there is no tau; give base and SFT, or set alpha to 0")
         flat = torch.empty(self.layout.size, device=self.device)
-        for name, shard, piece in zip(self.names, self.layout.shards, flat.split(self.sizes), strict=True):
+        for name, shard, piece in zip(self.names, self.layout.shards, flat.split_with_sizes(self.sizes), strict=True):
             whole = tau(name)
             if whole.numel() != shard.whole:
                 raise ModelError(
@@ -362,20 +360,20 @@ class Part:
         """
         if self.high is not None or not len(self.kept):
             return
-        inside = self.kept.split(self._in_each)
+        inside = self.kept.split_with_sizes(self._in_each)
         starts = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
         pieces = [w.reshape(-1)[at - start] for w, at, start in zip(weights, inside, starts, strict=True)]
         self.high = torch.cat(pieces)
         lows = [state[p].get("low", torch.zeros_like(piece)) for p, piece in zip(self.parameters, pieces, strict=True)]
         self.low = torch.cat(lows)
         if self.layout.group is None:
-            for parameter, low in zip(self.parameters, self.low.split(self._in_each), strict=True):
+            for parameter, low in zip(self.parameters, self.low.split_with_sizes(self._in_each), strict=True):
                 state[parameter]["low"] = low
 
     def decay_high(self, decay: float) -> None:
         """As the weights that have a gradient are decayed, bit by bit."""
         if self.high is not None:
-            pieces = self.high.split(self._in_each)
+            pieces = self.high.split_with_sizes(self._in_each)
             torch._foreach_mul_([pieces[number] for number in self.moving()], decay)
 
     def add_tau(self, step: Tensor, merging: Merging) -> None:
@@ -396,6 +394,12 @@ class Part:
         step[self.kept] = high - self.high
         self.low.copy_(exact - high)
         self.high.copy_(high)
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """In float32, as it lies in this process."""
+    assert parameter.grad is not None
+    return local(parameter.grad).float().contiguous()
 
 
 def local(tensor: Tensor) -> Tensor:

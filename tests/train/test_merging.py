@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from align.train.merging import Merging, MergingAdamW
 from align.train.shards import Layout, Quantiles, Shard, positions
@@ -111,7 +110,7 @@ def test_positions_are_the_asked_share_the_same_for_the_same_key_and_none_twice(
     assert not torch.equal(first, positions("b", 100_000, 0.01, "cpu"))
     assert 850 < len(first) < 1150
     assert (first.diff() > 0).all()
-    assert 0 <= first.min() and first.max() < 100_000
+    assert first.min() >= 0 and first.max() < 100_000
 
 
 def test_the_threshold_lets_the_asked_share_through() -> None:
@@ -119,5 +118,3 @@ def test_the_threshold_lets_the_asked_share_through() -> None:
     layout = Layout([Shard(0, 200_000, 200_000)], "cpu")
     least = Quantiles(["w"], layout, 0.1, 0, "cpu").of(values)
     assert (values.abs() >= least).float().mean().item() == pytest.approx(0.1, abs=0.015)
-
-
