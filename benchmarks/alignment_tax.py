@@ -94,8 +94,8 @@ TRIED: dict[str, dict[str, Any]] = {
 """Settings of `dpo` beside those of the training."""
 MERGED_TRIED: dict[str, dict[str, Any]] = {
     f"{method} {back:g}": {"method": method, "back": back, "keep": keep}
-    for method, keep in (("linear", 1.0), ("dare", 0.5), ("ties", 0.5))
-    for back in (0.25, 0.5, 0.75)
+    for method, keep, backs in (("linear", 1.0, (0.25, 0.5, 0.75)), ("dare", 0.5, (0.5,)), ("ties", 0.5, (0.5,)))
+    for back in backs
 }
 """Arguments of `merge`, on AdamW's model."""
 
@@ -124,21 +124,23 @@ def merged_model(ladder: Path, after: Path, folder: Path, settings: Mapping[str,
     return folder
 
 
-def run(seed: int, out: Path, split: str, methods: Mapping[str, Any], merges: Mapping[str, Any]) -> dict[str, Any]:
+def run(
+    seed: int, out: Path, split: str, samples: int, methods: Mapping[str, Any], merges: Mapping[str, Any]
+) -> dict[str, Any]:
     """One seed, from its ladder to gain and tax of each method under each training."""
     ladder = made(seed, out, RUNGS)
     place = out / str(seed) / f"tax_{split}"
     pairs = str(trained_pairs(ladder, place.parent / "tax_pairs.jsonl"))
     asked = {"stage": "prompts", "with": {"source": {"tiny": {"families": HELD_OUT, "split": split, "seed": 1000}}}}
     policy = str(ladder / "rejection_sft")
-    steps = {"asked": asked, "before_eval": evaluation(policy, "asked", split, SAMPLES)}
+    steps = {"asked": asked, "before_eval": evaluation(policy, "asked", split, samples)}
     models: dict[tuple[str, str], str] = {}
     for training, harshness in TRAININGS.items():
         for number, (method, settings) in enumerate(methods.items()):
             name = models[training, method] = f"{training}_{number}"
             inputs = {"policy": policy, "preferences": pairs} | ({"base": "tiny"} if "merging" in settings else {})
             steps[name] = {"stage": "dpo", "in": inputs, "with": COMMON | harshness | settings}
-            steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, SAMPLES)
+            steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, samples)
     document = {"name": f"tax-{seed}", "seed": seed, "steps": steps}
     align_run(document, place)
     for training in TRAININGS:
@@ -146,7 +148,7 @@ def run(seed: int, out: Path, split: str, methods: Mapping[str, Any], merges: Ma
         for number, (method, settings) in enumerate(merges.items()):
             name = models[training, method] = f"{training}_merged_{number}"
             folder = merged_model(ladder, after, place.parent / "tax_merged" / f"{split}_{name}", settings, seed)
-            steps[f"{name}_eval"] = evaluation(str(folder), "asked", split, SAMPLES)
+            steps[f"{name}_eval"] = evaluation(str(folder), "asked", split, samples)
     align_run(document, place)
     found: dict[str, Any] = {"before": scores(place / "before_eval")}
     for (training, method), name in models.items():
@@ -196,18 +198,32 @@ def main() -> None:
         options.plot.write_text(drawn(result["mean"], TRAINED, OTHERS))
         return
     about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()}
-    about |= {"trained": TRAINED, "others": OTHERS, "trainings": TRAININGS, "samples": SAMPLES}
+    about |= {"trained": TRAINED, "others": OTHERS, "trainings": TRAININGS}
     if options.tune:
         seed = options.seeds[0]
-        seeds = {seed: run(seed, options.out, "dev", TRIED, MERGED_TRIED)}
-        told = {"split": "dev", "seed": seed, "methods": TRIED, "merges": MERGED_TRIED, "runs": seeds[seed]}
+        seeds = {seed: run(seed, options.out, "dev", 2, TRIED, MERGED_TRIED)}
+        told = {
+            "split": "dev",
+            "samples": 2,
+            "seed": seed,
+            "methods": TRIED,
+            "merges": MERGED_TRIED,
+            "runs": seeds[seed],
+        }
         result["tried"] = about | told
     else:
         what = "points of verified score gained and lost against rejection_sft, test split of the tiny world, paired"
         seeds = {}
         for seed in options.seeds:
-            seeds[seed] = run(seed, options.out, "test", METHODS, MERGES)
-        told = {"what": what, "methods": METHODS, "merges": MERGES, "seeds": seeds, "mean": summary(seeds)}
+            seeds[seed] = run(seed, options.out, "test", SAMPLES, METHODS, MERGES)
+        told = {
+            "what": what,
+            "samples": SAMPLES,
+            "methods": METHODS,
+            "merges": MERGES,
+            "seeds": seeds,
+            "mean": summary(seeds),
+        }
         result |= about | told
     options.save.write_text(json.dumps(result, indent=2) + "\n")
     print(table(summary(seeds)))

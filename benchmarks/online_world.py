@@ -47,13 +47,14 @@ START = {
 SFT = {"losses": ["sft"], "nll_weight": 0.0}
 """In place of DPO's loss: the mean negative log-likelihood of the chosen."""
 TRIED: dict[str, dict[str, Any]] = {
-    "start": {},
-    "further prompts": {"prompts": "further"},
+    "4 episodes, the prompts of the reward model": {},
+    "4 episodes": {"prompts": "further"},
     "8 episodes": {"prompts": "further", "episodes": 8},
+    "4 episodes, 2 epochs": {"prompts": "further", "epochs": 2.0},
+    "4 episodes, 2 epochs, lr 4e-4": {"prompts": "further", "epochs": 2.0, "learning_rate": 4e-4},
     "8 episodes, lr 1e-4": {"prompts": "further", "episodes": 8, "learning_rate": 1e-4},
-    "8 episodes, NLL 0.2": {"prompts": "further", "episodes": 8, "nll_weight": 0.2},
-    "8 episodes, 6 more samples where none is right": {"prompts": "further", "episodes": 8, "resample": 6},
-    "rejection, 8 episodes": {"prompts": "further", "episodes": 8, **SFT},
+    "6 more samples where none is right": {"prompts": "further", "resample": 6},
+    "rejection, 4 episodes": {"prompts": "further", **SFT},
 }
 """What differs from `START`."""
 

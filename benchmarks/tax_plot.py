@@ -54,10 +54,19 @@ def frame(training: str, methods: Mapping[str, Any], trained: Sequence[str], oth
     parts: list[Child] = [el("text", f"{training}: DPO on {', '.join(trained)}", x=LEFT, y=20, class_="title")]
     for tick in ticks(x0, x1):
         parts.append(el("line", x1=x(tick), x2=x(tick), y1=TOP, y2=HIGH - BOTTOM, class_="grid"))
-        parts.append(el("text", f"{tick:+g}", x=x(tick), y=HIGH - BOTTOM + 15, class_="tick", text_anchor="middle"))
+        parts.append(
+            el(
+                "text",
+                f"{tick:+g}" if tick else "0",
+                x=x(tick),
+                y=HIGH - BOTTOM + 15,
+                class_="tick",
+                text_anchor="middle",
+            )
+        )
     for tick in ticks(y0, y1):
         parts.append(el("line", x1=LEFT, x2=WIDE - RIGHT, y1=y(tick), y2=y(tick), class_="grid"))
-        parts.append(el("text", f"{tick:+g}", x=LEFT - 6, y=y(tick) + 4, class_="tick end"))
+        parts.append(el("text", f"{tick:+g}" if tick else "0", x=LEFT - 6, y=y(tick) + 4, class_="tick end"))
     parts.append(el("text", "points gained on the trained families", x=LEFT, y=HIGH - 10, class_="tick"))
     turned = f"rotate(-90 14 {HIGH - BOTTOM:g})"
     parts.append(el("text", f"points on {', '.join(others)}", x=14, y=HIGH - BOTTOM, class_="tick", transform=turned))
