@@ -124,21 +124,22 @@ class MergingAdamW(torch.optim.Optimizer):
         for part in self._all_parts():
             part.begin(self.state, self.merging)
             if gathers:
-                self._adamw(part, part.weights(self.state), part.group["lr"], part.group["weight_decay"])
+                self._adamw(part, part.weights(), part.group["lr"], part.group["weight_decay"])
                 if self.merging.method != "none" and part.group["steps"] % self.merging.every == 0:
                     self._merge_gathered(part)
             elif part.group["lr"]:
                 self._merge_step(part)
-            part.round_to_model(self.state)
+            part.round_to_model()
         return loss
 
     @torch.no_grad()
     def finish(self) -> None:
         """Merges what has gathered since the last merge; for the end of a training that `every` doesn't divide."""
         for part in self._all_parts():
+            part.begin(self.state, self.merging)
             if self.merging.method != "none" and part.group["steps"] % self.merging.every:
                 self._merge_gathered(part)
-                part.round_to_model(self.state)
+                part.round_to_model()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; only that float32 state of bf16 parameters stays float32."""
@@ -149,13 +150,13 @@ class MergingAdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
         for part in self._parts:
-            part.low = None
+            part.group, part.low = self.param_groups[part.number], None
 
     # --- one part of the parameters ---------------------------------------------------------------------------------
 
     def _merge_step(self, part: Part) -> None:
         """Decay, then the merged step, on the weights."""
-        weights, group = part.weights(self.state), part.group
+        weights, group = part.weights(), part.group
         buffer, lr = self._buffer_of(part), group["lr"] * (1 - self.merging.alpha)
         self._adamw(part, part.views(buffer), lr, 1 / lr)  # a decay of 1 / lr takes what lay in the buffer before
         if group["weight_decay"]:
@@ -164,7 +165,7 @@ class MergingAdamW(torch.optim.Optimizer):
 
     def _merge_gathered(self, part: Part) -> None:
         """What AdamW has done since the last merge is taken back, and merged as one Delta."""
-        weights, before = part.weights(self.state), part.states(self.state, "before")
+        weights, before = part.weights(), part.states("before")
         buffer = self._buffer_of(part)
         views = part.views(buffer)
         torch._foreach_copy_(views, weights)
@@ -180,7 +181,7 @@ class MergingAdamW(torch.optim.Optimizer):
         if not moving:
             return
         first, second = part.group["betas"]
-        states = [self.state[part.parameters[number]] for number in moving]
+        states = [part.own[number] for number in moving]
         adamw(
             [targets[number] for number in moving],
             [gradient(part.parameters[number]) for number in moving],
@@ -203,7 +204,7 @@ class MergingAdamW(torch.optim.Optimizer):
             at, taught = part.elect(step, merging)
             torch._foreach_add_(list(weights), part.views(step))
         if len(at):
-            part.add_exactly(weights, at, taught, self.state)
+            part.add_exactly(weights, at, taught)
 
     def _buffer_of(self, part: Part) -> Tensor:
         """As long as the part; all parts share one. What lies in it is finite, and has no meaning."""
@@ -218,18 +219,18 @@ class MergingAdamW(torch.optim.Optimizer):
     def _all_parts(self) -> list[Part]:
         """Made at the first step."""
         if not self._parts:
-            number = 0
-            for group in self.param_groups:
-                names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
-                number += len(names)
+            before = 0
+            for number, group in enumerate(self.param_groups):
+                names = group.get("param_names") or [str(before + i) for i in range(len(group["params"]))]
+                before += len(names)
                 named: list[tuple[str, Tensor]] = []
                 for name, parameter in zip(names, group["params"], strict=True):
                     if named and sum(p.numel() for _, p in named) + parameter.numel() > AT_ONCE:
-                        self._parts.append(Part(named, group, self.merging))
+                        self._parts.append(Part(named, number, group, self.merging))
                         named = []
                     named.append((name, parameter))
                 if named:
-                    self._parts.append(Part(named, group, self.merging))
+                    self._parts.append(Part(named, number, group, self.merging))
             if self.merging.method != "none" and self.merging.alpha:
                 for part in self._parts:
                     part.read_tau(self._tau, self.merging)
@@ -240,16 +241,19 @@ class Part:
     """Parameters that are merged together: their shards one behind the other, as in the buffer.
 
     Attributes:
-        parameters: of one group of the optimizer.
+        parameters: of one group of the optimizer, the `number`-th.
         layout: where they lie.
         kept: places at which F keeps tau; all, where they are drawn anew at each step; none where alpha is 0.
         tau: there, after F where they are fixed.
         low: what float32 rounds away of the weights there; None before the first merge, and after a load.
+        own: each parameter's state.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], group: dict[str, Any], merging: Merging) -> None:
+    def __init__(
+        self, named: Sequence[tuple[str, Tensor]], number: int, group: dict[str, Any], merging: Merging
+    ) -> None:
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
-        self.group, self.device = group, local(self.parameters[0]).device
+        self.number, self.group, self.device = number, group, local(self.parameters[0]).device
         self.layout = Layout([Shard.of(parameter) for parameter in self.parameters], self.device)
         self.sizes = [shard.size for shard in self.layout.shards]
         self._edges = torch.tensor([0, *self.sizes], device=self.device).cumsum(0)
@@ -257,6 +261,8 @@ class Part:
         self.kept = torch.zeros(0, dtype=torch.long, device=self.device)
         self.tau = torch.zeros(0, device=self.device)
         self.low: Tensor | None = None
+        self.own: list[dict[str, Any]] = []
+        self._kept_in: list[tuple[int, tuple[Tensor, ...]]] = []
         self.quantiles: Quantiles | None = None
         if merging.method == "onties" and merging.keep < 1:
             self.quantiles = Quantiles(self.names, self.layout, merging.keep, merging.seed, self.device)
@@ -264,9 +270,9 @@ class Part:
     # --- their tensors ----------------------------------------------------------------------------------------------
 
     def begin(self, state: Any, merging: Merging) -> None:
-        """Gives each parameter what it lacks of its state; the moments with its first gradient."""
-        for parameter in self.parameters:
-            own = state[parameter]
+        """Finds each parameter's state, and gives what it lacks; the moments with its first gradient."""
+        self.own = [state[parameter] for parameter in self.parameters]
+        for parameter, own in zip(self.parameters, self.own, strict=True):
             if "master" not in own and parameter.dtype != torch.float32:
                 own["master"] = parameter.detach().float().clone()
             if "before" not in own and merging.method != "none" and merging.every > 1:
@@ -281,19 +287,19 @@ class Part:
         """Numbers of the parameters that have a gradient."""
         return [number for number, p in enumerate(self.parameters) if p.grad is not None and self.sizes[number]]
 
-    def weights(self, state: Any) -> list[Tensor]:
+    def weights(self) -> list[Tensor]:
         """In float32, as they lie in this process."""
-        return [local(state[parameter].get("master", parameter)) for parameter in self.parameters]
+        return [local(own.get("master", p)) for own, p in zip(self.own, self.parameters, strict=True)]
 
-    def states(self, state: Any, name: str) -> list[Tensor]:
+    def states(self, name: str) -> list[Tensor]:
         """A piece of every parameter's state, as it lies in this process."""
-        return [local(state[parameter][name]) for parameter in self.parameters]
+        return [local(own[name]) for own in self.own]
 
-    def round_to_model(self, state: Any) -> None:
+    def round_to_model(self) -> None:
         """Writes masters into the model's own weights."""
-        of = [parameter for parameter in self.parameters if "master" in state[parameter]]
-        if of:
-            torch._foreach_copy_([local(parameter) for parameter in of], [local(state[p]["master"]) for p in of])
+        pairs = [(p, own["master"]) for own, p in zip(self.own, self.parameters, strict=True) if "master" in own]
+        if pairs:
+            torch._foreach_copy_([local(model) for model, _ in pairs], [local(master) for _, master in pairs])
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """A buffer as tensors of the parameters' shapes."""
@@ -382,12 +388,12 @@ class Part:
         step.index_copy_(0, self.kept, a.masked_fill_(conflict & ~larger, 0).float())
         return self.kept, taught.masked_fill_(conflict & larger, 0)
 
-    def add_exactly(self, weights: Sequence[Tensor], at: Tensor, values: Tensor, state: Any) -> None:
+    def add_exactly(self, weights: Sequence[Tensor], at: Tensor, values: Tensor) -> None:
         """weights += values at some places, and what float32 has rounded away there before."""
-        found = self.by_parameter(at)
+        found = self.by_parameter(at) if self.redraws else self._fixed()
         flat = {number: weights[number].view(-1) for number, _ in found}
-        lows = {number: local(state[self.parameters[number]]["low"]).view(-1) for number, _ in found if self.redraws}
-        low = self._low(state, found) if not self.redraws else _select(lows, found)
+        lows = {number: local(self.own[number]["low"]).view(-1) for number, _ in found if self.redraws}
+        low = _select(lows, found) if self.redraws else self._low(found)
         exact = _select(flat, found).double().add_(low).add_(values)
         rounded = exact.float()
         low.copy_(exact.sub_(rounded))
@@ -399,11 +405,16 @@ class Part:
             if self.redraws:
                 lows[number].index_copy_(0, inside, rest)
 
-    def _low(self, state: Any, found: Sequence[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
+    def _fixed(self) -> list[tuple[int, tuple[Tensor, ...]]]:
+        if not self._kept_in:
+            self._kept_in = self.by_parameter(self.kept)
+        return self._kept_in
+
+    def _low(self, found: Sequence[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
         """Of the fixed places; the parameters' own are views of it."""
         if self.low is None:
             new = [torch.zeros(len(inside), device=self.device) for _, (inside,) in found]
-            own = [state[self.parameters[number]] for number, _ in found]
+            own = [self.own[number] for number, _ in found]
             self.low = torch.cat([each.get("low", zeros) for each, zeros in zip(own, new, strict=True)])
             if self.layout.group is None:
                 for each, view in zip(own, self.low.split_with_sizes([len(zeros) for zeros in new]), strict=True):
