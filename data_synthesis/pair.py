@@ -27,9 +27,9 @@ class PairConfig(StageConfig):
 
     strategy: Strategy = Field(
         "max_min", description="max_min: a prompt's best against its worst (the Qwen2 report, 4.3); max_random: its "
-        "best against one drawn of the others (Zephyr, arXiv:2310.16944); all: passed with failed ones side by side, the "
-        "shorter list cycled (IRPO, arXiv:2404.19733), or, where no verifier spoke, any two with a margin; random: one "
-        "pair drawn, a control",
+        "best against one drawn of the others (Zephyr, arXiv:2310.16944); all: passed with failed ones side by side, "
+        "the shorter list cycled (IRPO, arXiv:2404.19733), or, where no verifier spoke, any two with a margin; random: "
+        "one pair drawn, a control",
     )  # fmt: skip
     min_margin: float = Field(
         0.0, ge=0, description="least difference of the rewards; ties are dropped always, whatever this is"
