@@ -296,7 +296,7 @@ def test_a_replay_ends_in_the_run_s_weights_and_with_other_settings_in_others(
 
 
 def test_a_replay_undoes_what_was_undone(inputs: dict[str, Table | ModelRef], whole: Path, tmp_path: Path) -> None:
-    """With the second episode rolled back the first and third alone are trained on, each at its place in the schedule."""
+    """With the second episode rolled back the first and third alone are trained on, by their own places' rates."""
     found = Manifest.read(whole)
     assert found is not None
     folder = tmp_path / "online"
