@@ -156,7 +156,7 @@ def test_a_reward_for_refusals_is_caught_by_the_rate_of_help_and_the_run_ends_af
         assert not any("refusal of harmful requests" in reason for reason in record["rolled_back"])
         assert "while the reward that is trained on rose" in record["rolled_back"][-1]
         assert record["probe"]["harmful"] == 100.0
-    assert (first["stopped"], second["stopped"][:30]) == ("", "2 episodes in a row were rolled")
+    assert (first["stopped"], second["stopped"][:30]) == ("", "2 episodes in a row were rolle")
     assert [line for line in progress.said if line.startswith("ended after episode 2: 2 episodes in a row")]
     assert summary["warnings"][-1].startswith("ended after episode 2")
     one, two = (pq.read_table(path).to_pylist() for path in sorted((tmp_path / "episodes").glob("*.parquet")))
