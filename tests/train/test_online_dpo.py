@@ -13,6 +13,7 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import DataError, ModelError, RunError
 from align.core.records import Kind
 from align.core.store import ModelRef, Table
+from align.train.episode_file import pairs_of
 from align.train.online_dpo import STAGE
 from align.train.sft import STAGE as SFT
 from reward.loading import template_hash
@@ -67,7 +68,11 @@ def inputs(trained: Path, tmp_path: Path) -> dict[str, Table | ModelRef]:
 
 
 def episodes(folder: Path) -> list[list[dict[str, Any]]]:
-    return [pq.read_table(path).to_pylist() for path in sorted((folder / "episodes").glob("*.parquet"))]
+    """The rows of each episode; of those with a pair the first one's ids and figures beside them."""
+    found = [pq.read_table(path).to_pylist() for path in sorted((folder / "episodes").glob("*.parquet"))]
+    for row in (row for rows in found for row in rows if row["pairs"]):
+        row |= row["pairs"][0] | pairs_of([row])[0]
+    return found
 
 
 def test_an_episode_pairs_the_best_with_the_worst_of_the_policy_s_own_samples(
@@ -82,13 +87,8 @@ def test_an_episode_pairs_the_best_with_the_worst_of_the_policy_s_own_samples(
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for row in paired:
         assert len(row["rewards"]) == 6
-        chosen, rejected = (
-            row["completion_ids"].index(row["chosen_ids"]),
-            row["completion_ids"].index(row["rejected_ids"]),
-        )
-        assert (
-            (row["rewards"][chosen], row["rewards"][rejected]) == (max(row["rewards"]), min(row["rewards"])) == (1, 0)
-        )
+        rewards = row["rewards"]
+        assert (rewards[row["chosen"]], rewards[row["rejected"]]) == (max(rewards), min(rewards)) == (1, 0)
         assert row["chosen_ids"][-1] == end
     assert {row["policy_step"] for row in first} == {0}
     assert {row["policy_step"] for row in second} == {summary["episodes"][0]["steps"]}
