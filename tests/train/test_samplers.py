@@ -22,6 +22,7 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import EngineError, ModelError, RecipeError
 from align.core.stage import Tools
 from align.core.store import ModelRef, Table
+from align.recipe import load_recipe
 from align.train import samplers
 from align.train.online_dpo import STAGE
 from align.train.online_settings import Config
@@ -224,6 +225,36 @@ def test_a_server_that_goes_stale_later_or_cannot_see_the_folder_ends_the_run(pl
         sampler.take(make_model(), 0)
 
 
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bf16_training_is_sampled_from_in_bf16_and_its_weights_stay_in_fp32(trained: Path) -> None:
+    """As the training computes: products in bf16 on a residual stream in fp32. Then the sampler's log-probabilities are
+    those of the model's own forward under autocast to bf16's rounding, some thousandths of a nat a token."""
+    model: Any = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    sampler = samplers.Live(model, tokenizer, "bf16")
+    params = samplers.SamplingParams(max_tokens=24, logprobs=True)
+    prompts = [
+        tokenizer.encode(f"<|im_start|>user\nWhat is {i} plus {i}?<|im_end|>\n<|im_start|>assistant\n") for i in (2, 5)
+    ]
+    found = {place: done for place, _, done in sampler.sample(prompts, 1, params)}
+    quick = sampler.engine._quick
+    assert quick is not None and quick.blocks[0].qkv.dtype == quick.head.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    exact = sampler.engine.score(prompts, [found[i].token_ids for i in (0, 1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = sampler.engine.score(prompts, [found[i].token_ids for i in (0, 1)])
+    for place in (0, 1):
+        told = torch.tensor(found[place].logprobs)
+        apart = (told - torch.tensor(rounded[place])).abs().mean()
+        assert apart < 0.01 and (told - torch.tensor(exact[place])).abs().max() > 1e-5
+    sampler.rest()
+    assert quick.blocks == [] and quick.head is quick.embed
+    again = {place: done for place, _, done in sampler.sample(prompts, 1, params)}
+    assert again == found
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -251,3 +282,57 @@ def test_engines_that_cannot_sample_for_a_policy_are_refused_with_a_remedy(plain
                 samplers.given(Config(**settings), tools(engine), policy, tokenizer, processes)
     nothing = Tools(3, {}, steps.Silent(), Path(), Path())
     assert samplers.given(Config(), nothing, policy, tokenizer, 8) is None
+
+
+RECIPE = """\
+name: sampled
+engines:
+  own: {{kind: transformers, model: {engine}}}
+  served: {{kind: openai, model: any, server: vllm, base_url: "http://localhost:1/v1"}}
+steps:
+  prompts: {{stage: prompts, with: {{source: {{tiny: {{families: {{math: 4}}, seed: 1}}}}}}}}
+  sft: {{stage: "tests.fakes:TRAIN"}}
+  other: {{stage: "tests.fakes:TRAIN"}}
+  online:
+    stage: online-dpo
+    in: {{policy: {policy}, prompts: prompts}}
+    engines: {{sampler: {sampler}}}
+    with: {{scorer: verifier}}
+    processes: {processes}
+"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "engine", "sampler", "processes", "told"),
+    [
+        ("sft", "step:sft", "own", 1, None),
+        ("tiny", "tiny", "own", 1, None),
+        ("sft", "tiny", "served", 1, None),
+        (
+            "sft",
+            "step:other",
+            "own",
+            1,
+            "holds other, and is to take the weights of the policy sft; give it that model",
+        ),
+        ("sft", "tiny", "own", 1, "holds tiny, and is to take the weights of the policy sft"),
+        (
+            "tiny",
+            "tiny-writer",
+            "own",
+            1,
+            "holds tiny-writer, and is to take the weights of the policy tiny",
+        ),
+        ("sft", "step:sft", "own", 2, "2 processes train, and an engine serves one; set it to 1, or leave out"),
+    ],
+)
+def test_a_recipe_s_sampler_holds_the_policy_s_own_model(
+    tmp_path: Path, policy: str, engine: str, sampler: str, processes: int, told: str | None
+) -> None:
+    file = tmp_path / "sampled.yaml"
+    file.write_text(RECIPE.format(policy=policy, engine=engine, sampler=sampler, processes=processes))
+    if told is None:
+        assert "sampler" in load_recipe(file, (), tmp_path / "run").steps["online"].engines
+        return
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(file, (), tmp_path / "run")
