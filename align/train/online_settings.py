@@ -26,6 +26,17 @@ class Config(DPOSettings, JudgeConfig):
         0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
     )
 
+    reference_at: Literal["start", "episode"] = Field(
+        "start",
+        description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
+        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="a second process samples an episode while the one before it is trained: samples are one "
+        "episode stale",
+    )
+
     episodes: int = Field(3, ge=1, description="rounds of sampling and updating")
     prompts_per_episode: int = Field(4096, ge=1, description="prompts whose samples may be paired in an episode")
     choose_from: int = Field(
@@ -78,9 +89,28 @@ class Config(DPOSettings, JudgeConfig):
     probe_prompts: int = Field(
         200, ge=0, description="held-out prompts (dev split) on which the guards look after each episode; 0 is no guard"
     )
-    max_score_drop: float = Field(5.0, gt=0, description="points of verified score below the best so far")
+    kind: str = Field(
+        "kind", description="the column that says whether a prompt is benign (safe, harmless) or harmful (unsafe)"
+    )
+    max_score_drop: float = Field(
+        5.0, gt=0, description="points of verified score below the best so far; .inf turns this guard off, or another"
+    )
     max_family_drop: float = Field(25.0, gt=0, description="points of one family's score below the best so far")
+    max_kind_drop: float = Field(
+        10.0, gt=0, description="points of benign help, or of harmful refusal, below the best so far"
+    )
+    max_second_drop: float = Field(
+        0.25,
+        gt=0,
+        description="fall of the second reward below its best so far, in standard deviations of the start's answers",
+    )
+    min_sigmas: float = Field(
+        2.0,
+        ge=0,
+        description="such a drop counts from so many of its own standard errors on, paired over the prompts; 0: always",
+    )
     max_length_ratio: float = Field(2.0, gt=1, description="mean length of the samples against the start's")
+    min_length_ratio: float = Field(0.33, ge=0, lt=1, description="the same, for samples that shrink; 0 is off")
     max_chosen_drop: float = Field(20.0, gt=0, description="nats that the chosen lost against the reference")
     max_kl: float = Field(100.0, gt=0, description="nats a completion from the reference")
     max_sampler_gap: float = Field(
@@ -91,6 +121,19 @@ class Config(DPOSettings, JudgeConfig):
     after_rollback: Literal["go_on", "stop"] = Field(
         "go_on", description="after an episode was rolled back: the next one, from the last good weights, or the end"
     )
+    max_rollbacks: int = Field(3, ge=1, description="so many episodes rolled back in a row end the run early")
+
+    @model_validator(mode="after")
+    def _guards_can_look(self) -> Self:
+        fields = type(self).model_fields
+        changed = [name for name in GUARDS if getattr(self, name) != fields[name].default]
+        if changed and not self.probe_prompts:
+            raise ValueError(
+                f"{changed[0]} has no effect with probe_prompts 0: nothing is looked at; set it, or leave it"
+            )
+        if self.after_rollback == "stop" and self.max_rollbacks != fields["max_rollbacks"].default:
+            raise ValueError("max_rollbacks has no effect with after_rollback: stop; leave one of the two")
+        return self
 
     @property
     def scored_by(self) -> tuple[Part, ...]:
@@ -130,3 +173,10 @@ class Config(DPOSettings, JudgeConfig):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with {why}, or leave {name} out")
         return self
+
+
+GUARDS = (
+    "kind", "max_score_drop", "max_family_drop", "max_kind_drop", "max_second_drop", "min_sigmas", "max_length_ratio",
+    "min_length_ratio", "max_kl", "max_sampler_gap",
+)  # fmt: skip
+"""Settings that are read only where there is something to look at."""

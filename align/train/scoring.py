@@ -11,8 +11,9 @@ from math import fsum, sqrt
 from typing import Any
 
 from align.core.engines.base import Completion
-from align.core.errors import EngineError
+from align.core.errors import EngineError, RecipeError
 from align.core.records import Row, Verdict
+from align.core.stage import Tools
 from align.train.online_settings import PARTS, Config, Part
 from reward.judge import Judge
 from reward.pairs import Pair, Scored, make_pairs
@@ -274,3 +275,25 @@ def penalties_of(completions: Sequence[Completion], config: Config) -> list[floa
         + config.missing_end_penalty * (c.finish_reason == "length")
         for c in completions
     ]
+
+
+def judge_of(config: Config, tools: Tools, has_reward_model: bool) -> Judge | None:
+    """The engine `judge` as what grades; None where it is not asked.
+
+    Raises:
+        RecipeError: it is needed and was not given, or given and would never be asked.
+    """
+    given = "judge" in tools.engines
+    asked = "judge" in config.scored_by and not (config.scorer == "mix" and (has_reward_model or not given))
+    if asked and not given:
+        raise RecipeError(
+            f"online-dpo: scorer is {config.scorer} and there is no engine `judge`; give one (engines: {{judge: …}}, "
+            "or judge=MODEL), in one process (processes: 1)"
+        )
+    if given and not asked:
+        who = "the reward model scores what no verifier does" if config.scorer == "mix" else "nothing asks it"
+        raise RecipeError(
+            f"online-dpo: the engine `judge` has no effect, since scorer is {config.scorer} and {who}; leave it out, "
+            "or set scorer to judge or weighted"
+        )
+    return Judge(tools.engines["judge"], config, tools.seed) if asked else None
