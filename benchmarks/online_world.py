@@ -47,14 +47,12 @@ START = {
 SFT = {"losses": ["sft"], "nll_weight": 0.0}
 """In place of DPO's loss: the mean negative log-likelihood of the chosen."""
 TRIED: dict[str, dict[str, Any]] = {
-    "4 episodes, the prompts of the reward model": {},
-    "4 episodes": {"prompts": "further"},
-    "8 episodes": {"prompts": "further", "episodes": 8},
-    "4 episodes, 2 epochs": {"prompts": "further", "epochs": 2.0},
-    "4 episodes, 2 epochs, lr 4e-4": {"prompts": "further", "epochs": 2.0, "learning_rate": 4e-4},
-    "8 episodes, lr 1e-4": {"prompts": "further", "episodes": 8, "learning_rate": 1e-4},
-    "6 more samples where none is right": {"prompts": "further", "resample": 6},
-    "rejection, 4 episodes": {"prompts": "further", **SFT},
+    "4 episodes": {},
+    "of 2 prompts the one of more variance": {"choose_from": 2},
+    "of 2 prompts, 8 episodes, lr 1e-4": {"choose_from": 2, "episodes": 8, "learning_rate": 1e-4},
+    "6 more samples where none is right": {"resample": 6},
+    "up to 3 pairs a prompt": {"pairing": "all", "max_pairs": 3},
+    "rejection": {**SFT},
 }
 """What differs from `START`."""
 
@@ -70,7 +68,7 @@ FINAL = {
 def online(seed: int, ladder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The step `online-dpo` with these settings."""
     told = START | settings
-    prompts = told.pop("prompts", str(ladder / "fresh"))
+    prompts = told.pop("prompts", "further")
     inputs = {"policy": str(ladder / "dpo"), "prompts": prompts}
     if told.get("scorer") != "verifier":
         inputs["reward_model"] = str(ladder / "reward_model")
@@ -112,7 +110,7 @@ def run(seed: int, out: Path, runs: dict[str, dict[str, Any]], split: str, sampl
             "pairs": about.summary["pairs"],
             "steps": about.summary["steps"],
             "chosen_logp_change": round(about.summary["chosen_logp_change"], 2),
-            "rolled_back": about.summary.get("warnings", []),
+            "rolled_back": about.summary["rolled_back"],
             "guards_saw": [round(about.summary["heldout_start"], 1), round(about.summary["heldout_end"], 1)],
             "cpu_seconds": round(about.cpu_seconds),
         }
