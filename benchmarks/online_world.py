@@ -51,12 +51,12 @@ TRIED: dict[str, dict[str, Any]] = {
     "of 2 prompts the one of more variance": {"choose_from": 2},
     "of 2 prompts, 8 episodes, lr 1e-4": {"choose_from": 2, "episodes": 8, "learning_rate": 1e-4},
     "6 more samples where none is right": {"resample": 6},
-    "up to 3 pairs a prompt": {"pairing": "all", "max_pairs": 3},
-    "rejection": {**SFT},
+    "of 2 prompts, rejection": {"choose_from": 2, **SFT},
+    "of 2 prompts, rejection, lr 5e-4": {"choose_from": 2, "learning_rate": 5e-4, **SFT},
 }
 """What differs from `START`."""
 
-CHOSEN: dict[str, Any] = {"prompts": "further", "episodes": 8}
+CHOSEN: dict[str, Any] = {"choose_from": 2}
 FINAL = {
     "mix": CHOSEN,
     "reward_model": CHOSEN | {"scorer": "reward_model"},
