@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("align.settings", "align.outside", "align.reader", "align.fit", "align.recipe"),
     ("align.fingerprints", "align.lock", "align.folders", "align.inputs", "align.launch", "align.pipeline"),
     ("align.report", "align.forecast", "align.overview", "align.ladder", "align.helptext", "align.shipped"),
-    ("align.annotate", "align.doctor", "align.chat", "align.export"),
+    ("align.annotate", "align.doctor", "align.chat", "align.export", "align.replay"),
     ("align.cli",),
 ]
 """From the ground up. A module may import from its own floor and from those below it."""

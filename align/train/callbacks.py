@@ -37,9 +37,8 @@ class Curves(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         behind = self.trainer.step
-        before = self.path.read_text().splitlines() if self.path.exists() and behind else []
-        kept = [json.loads(line) for line in before if line.endswith("}")]
-        self.lines = [line for line in kept if line["step"] <= behind]
+        before = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = self.trainer.lines_behind([json.loads(line) for line in before if line.endswith("}")])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.trackers = open_trackers(self.tools, self.trainer.settings.model_dump(), self.lines)
@@ -103,6 +102,17 @@ class Marks(TrainerCallback):  # type: ignore[misc]
             if folder.name != f"checkpoint-{state.global_step}":
                 (folder / DONE).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class MergesTheRest(TrainerCallback):  # type: ignore[misc]
+    """Merges the steps after the last merge, where the Online Merging Optimizer merges every few steps."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last checkpoint is from before, so a run that goes on from it ends the same."""
+        self.optimizer.finish()
 
 
 def whole_checkpoint(folder: Path) -> str | None:

@@ -12,7 +12,8 @@ by name: align/train/losses.py.
 
 The report gives no settings. The defaults are the nearest official ones, Qwen2.5's (arXiv:2412.15115): 1 epoch,
 learning rate 7e-7; beta, batch and schedule are ours.
-Differs from the paper: the optimizer is AdamW, not yet the Online Merging Optimizer.
+The report's optimizer is the Online Merging Optimizer (merging.py): `merging`, with `base` and `sft` to steer by.
+Differs from the paper: without these it is AdamW.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
 from align.core.start import tell
 from align.core.store import ModelRef, Table
-from align.train.settings import LOSS_OVER, DPOSettings, Speed
+from align.train.settings import LOSS_OVER, MERGING_NEEDS, DPOSettings, Speed
 
 if TYPE_CHECKING:
     from align.train.preference import DPO
@@ -67,12 +68,14 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     from align.train.health import Displacement, displaced, held_out, held_out_rows
     from align.train.preference import DPO, dpo_arguments
     from align.train.reference import reference_logps, setup_of, with_reference
+    from align.train.tau import merging_figures, tau_of
     from align.train.trainer import set_batches
 
     policy, table = inputs["policy"], inputs["preferences"]
     reference = inputs.get("reference", policy)
     assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
     adapters.check_stackable(policy, config)
+    tau = tau_of(config, inputs, policy)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(policy)
     arguments = dpo_arguments(config, speed, tools)
@@ -97,6 +100,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         rows=len(pairs),
     )
     dpo.starts_at_reference = same
+    dpo.merge_with(tau)
     held = bool(probes) and not (same and config.lora_rank)  # with adapters the policy holds its reference in itself
     start = start_of(config, dpo, f"DPO of {policy.name} on {table.name}", pairs, lengths, counts, speed, held)
     tell(start, tools)
@@ -129,9 +133,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     elif summary["chosen_logp_change"] < -config.warn_chosen_drop:
         stopped = displaced(summary["chosen_logp_change"])
     if stopped:
-        summary["warnings"] = [stopped]
         tools.progress.say(f"warning: {stopped}")
-    return Result(summary=summary)
+    return Result(summary=summary | merging_figures(config, dpo.step, [stopped] if stopped else []))
 
 
 def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int]] | str]:
@@ -193,6 +196,7 @@ STAGE = Stage(
             "held-out prompts (dev split, with a task) that are answered and verified on the way",
             optional=True,
         ),
+        **MERGING_NEEDS,
     },
     gives=Kind.MODEL,
     run=run,

@@ -16,6 +16,7 @@ from align.core.memory import memory_of
 from align.core.start import Batch, Start
 from align.train.preference import DPO
 from align.train.settings import DPOSettings, Speed
+from align.train.tau import drift_warnings, optimizer_words
 from align.train.trainer import learning_rates
 
 
@@ -84,7 +85,8 @@ def start_of(
         layout="flat, without padding, a prompt once for both completions"
         if dpo.flat
         else "padded, a prompt with each completion: this model's attention can't be taken apart by rows",
-        optimizer=f"AdamW, weight decay {config.weight_decay:g}, clip {config.max_grad_norm:g}",
+        optimizer=optimizer_words(config),
+        warnings=drift_warnings(config, steps),
         learning_rates=learning_rates(config, steps),
         scheduler=config.lr_scheduler,
         loss=f"{' + '.join(terms)} (beta {config.beta:g}){nll}",

@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from align.core.errors import RecipeError
-from align.core.stage import StageConfig
+from align.core.records import Kind
+from align.core.stage import Need, StageConfig
 
 LOSS_OVER = "pairs of the global batch, all processes"
 """What the preference losses are averaged over, for the manifest: no split of a global batch changes it."""
@@ -43,6 +44,21 @@ class TrainSettings(StageConfig):
     router_loss_weight: float | None = Field(
         None, ge=0, description="of a mixture-of-experts' load-balancing loss; the model's own where not given, 0: off"
     )
+    merging: Literal["none", "ondare", "onties"] = Field(
+        "none",
+        description="each step of AdamW is merged with what SFT has changed (Online Merging Optimizer); needs base",
+    )
+    merging_alpha: float = Field(
+        1e-7, ge=0, lt=1, description="weight of what SFT has changed; 0: none, the step is thinned alone"
+    )
+    merging_keep: float = Field(0.01, gt=0, le=1, description="share of the coordinates that a step keeps")
+    merging_as_in: Literal["code", "paper"] = Field(
+        "code", description="whose variant, where the paper's equations and its authors' code differ"
+    )
+    merging_every: int = Field(1, ge=1, description="merge what AdamW's steps have gathered, every so many of them")
+    merging_warn_drift: float = Field(
+        0.02, gt=0, description="warn when all merges together add more than this share of what SFT has changed"
+    )
     rope_scaling: Literal["none", "yarn"] = Field(
         "none", description="yarn: stretch rotary positions beyond the length that the model was trained on"
     )
@@ -70,6 +86,39 @@ class TrainSettings(StageConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _merging_fits(self) -> Self:
+        if self.merging == "none":
+            deaf = [
+                name
+                for name, field in TrainSettings.model_fields.items()
+                if name.startswith("merging_") and getattr(self, name) != field.default
+            ]
+            if deaf:
+                raise ValueError(
+                    f"{deaf[0]} has no effect without merging; set merging to ondare or onties, or leave it"
+                )
+            return self
+        if self.quantization != "none":
+            raise ValueError(
+                f"merging: {self.merging} moves the weights themselves, and quantization: {self.quantization} keeps "
+                "them in 4 bits; set merging or quantization to none"
+            )
+        if self.lora_rank and self.merging_alpha:
+            raise ValueError(
+                f"merging: {self.merging} steers by a difference of weights (SFT - base), and with lora_rank adapters "
+                "are trained, in which that difference has no place: A and B may be scaled against each other at will; "
+                "set lora_rank to 0, or merging_alpha to 0 to thin the adapters' steps alone (an SFT that was made by "
+                "LoRA is no hindrance: give its adapter folder as sft)"
+            )
+        return self
+
+
+MERGING_NEEDS = {
+    "base": Need(Kind.MODEL, "for merging: the model that SFT started from", optional=True),
+    "sft": Need(Kind.MODEL, "for merging: what SFT made of it; the model to start from where not given", optional=True),
+}
+"""Inputs of the stages that can merge."""
 
 Loss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

@@ -23,7 +23,8 @@ from align.core.errors import DataError
 from align.core.records import Kind
 from align.core.stage import Need, Result, Stage, Tools
 from align.core.store import ModelRef, Table
-from align.train.settings import Speed, TrainSettings
+from align.train.settings import MERGING_NEEDS, Speed, TrainSettings
+from align.train.tau import drift_warnings, merging_figures, optimizer_words, tau_of
 
 
 class Config(TrainSettings):
@@ -47,6 +48,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     base, table = inputs["model"], inputs["demonstrations"]
     assert isinstance(base, ModelRef) and isinstance(table, Table)  # the pipeline has checked the kinds
     adapters.check_stackable(base, config)
+    tau = tau_of(config, inputs, base)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(base)
     arguments = sft_trainer.sft_arguments(config, speed, tools)
@@ -65,6 +67,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         rows=len(rows),
     )
     order = batch_order(lengths, config.epochs, config.global_batch_size, tools.seed, by_length=False)
+    sft.merge_with(tau)
     steps = Steps(rows, order, **sft.split(len(order), speed))
     sft.train_dataset = steps
     start = start_of(config, sft, steps, speed, f"SFT of {base.name} on {table.name}", counts)
@@ -78,6 +81,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         summary=sft.summary()
         | dict(counts)
         | adapters.lineage(base, config)
+        | merging_figures(config, sft.step)
         | {"loss_over": "supervised tokens of the global batch, all processes", "start": start.figures()}
     )
 
@@ -162,7 +166,8 @@ def start_of(config: Config, sft: Any, steps: Any, speed: Speed, title: str, cou
         steps=count,
         epochs=config.epochs,
         layout=sft.layout,
-        optimizer=f"AdamW, weight decay {config.weight_decay:g}, clip {config.max_grad_norm:g}",
+        optimizer=optimizer_words(config),
+        warnings=drift_warnings(config, count),
         learning_rates=learning_rates(config, count),
         scheduler=config.lr_scheduler,
         loss="cross-entropy of the supervised tokens, averaged over the step"
@@ -193,6 +198,7 @@ STAGE = Stage(
     needs={
         "model": Need(Kind.MODEL, "the model to start from: a folder, an adapter folder, or a Hub id"),
         "demonstrations": Need(Kind.DEMONSTRATIONS, "prompts with good completions"),
+        **MERGING_NEEDS,
     },
     gives=Kind.MODEL,
     run=run,

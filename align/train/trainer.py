@@ -17,9 +17,10 @@ from align.core.errors import RecipeError
 from align.core.router import RouterLoss
 from align.core.segments import model_inputs
 from align.core.stage import Tools
-from align.train.callbacks import Curves, Marks, whole_checkpoint
+from align.train.callbacks import Curves, Marks, MergesTheRest, whole_checkpoint
 from align.train.head import score_labelled_only
 from align.train.settings import Speed, TrainSettings
+from align.train.tau import Tau
 
 # Its new name is unknown to older versions, and TRL uses the old one itself.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
@@ -114,6 +115,8 @@ class OurTrainer:
     lr_scheduler: Any
     train_dataset: Any
     add_callback: Any
+    get_decay_parameter_names: Any
+    is_deepspeed_enabled: bool
     remove_callback: Any
     train: Any
     announces = True
@@ -145,8 +148,20 @@ class OurTrainer:
         self.add_callback(self.curves)
         self.add_callback(Marks(self))
         self.own_head = score_labelled_only(self.model)
+        self.tau: Tau | None = None
         if self.args.use_cpu:
             keep_freed_memory()
+
+    def merge_with(self, tau: Tau | None) -> None:
+        """Takes what the Online Merging Optimizer steers by, where there is any; its names and shapes are checked."""
+        if self.settings.merging != "none" and self.is_deepspeed_enabled:
+            raise RecipeError(
+                f"merging: {self.settings.merging} needs parameters as they are, and DeepSpeed lays them in one; start "
+                "without it, with FSDP2 where one process has not the memory"
+            )
+        if tau is not None:
+            tau.check(self.model)
+        self.tau = tau
 
     def train_or_resume(self) -> None:
         """Trains to the end, from the newest whole checkpoint where a kill left one."""
@@ -186,6 +201,10 @@ class OurTrainer:
         load: torch.Tensor = counts[:-1] / counts[-1]
         return load
 
+    def lines_behind(self, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Which lines of the curves are behind, of those that an earlier attempt has left."""
+        return [line for line in lines if line["step"] <= self.step] if self.step else []
+
     def place(self) -> dict[str, float]:
         """Where the training is, for the curves."""
         return {"step": self.step, "epoch": round(self.step * self.settings.global_batch_size / self.rows, 4)}
@@ -193,6 +212,39 @@ class OurTrainer:
     def progress(self, step: float, steps: int) -> float:
         """How much of the training is behind at a step (in its middle, so that a warm-up's first step moves)."""
         return step / steps
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW's, or the Online Merging Optimizer with the same groups."""
+        settings = self.settings
+        if self.optimizer is not None or settings.merging == "none":
+            return super().create_optimizer(model)  # type: ignore[misc]
+        from align.train.merging import Merging, MergingAdamW
+
+        model = self.model if model is None else model
+        decays = set(self.get_decay_parameter_names(model))
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [each for each in named if each[0] in decays], "weight_decay": settings.weight_decay},
+            {"params": [each for each in named if each[0] not in decays], "weight_decay": 0.0},
+        ]
+        self.optimizer = MergingAdamW(
+            [group for group in groups if group["params"]],
+            Merging(
+                method=settings.merging,
+                alpha=settings.merging_alpha,
+                keep=settings.merging_keep,
+                as_in=settings.merging_as_in,
+                every=settings.merging_every,
+                seed=self.tools.seed,
+            ),
+            self.tau,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+        )
+        if settings.merging_every > 1:
+            self.add_callback(MergesTheRest(self.optimizer))
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Ours, for its floor: the report's 7e-6 falls to 7e-7."""
