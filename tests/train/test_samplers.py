@@ -22,27 +22,19 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import EngineError, ModelError, RecipeError
 from align.core.stage import Tools
 from align.core.store import ModelRef, Table
+from align.recipe import load_recipe
 from align.train import samplers
 from align.train.online_dpo import STAGE
 from align.train.online_settings import Config
 from tests.core.engines import vllm_standin
 from tests.train import steps
-from tests.train.test_online_dpo import QUICK, episodes, inputs, trained
+from tests.train.test_online_dpo import QUICK, inputs, trained
 from tests.train.tiny import make_model, make_tokenizer, save_model
 from tests.train.weights_server import WeightsServer
 
 __all__ = ["inputs", "trained"]  # its fixtures
 
-FEW = QUICK | {"episodes": 2, "prompts_per_episode": 6, "samples_per_prompt": 4, "max_tokens": 24, "probe_prompts": 2}
-
-
-def run(folder: Path, given: dict[str, Table | ModelRef], settings: dict[str, Any], engine: Any = None) -> Any:
-    """The stage with an engine as its sampler; gives its summary."""
-    work = folder / "work"
-    work.mkdir(parents=True)
-    engines = {} if engine is None else {"sampler": engine}
-    tools = Tools(seed=3, engines=engines, progress=steps.Silent(), work=work, out=folder, speed={"device": "cpu"})
-    return STAGE.run(Config(**settings), given, tools).summary
+FEW = QUICK | {"episodes": 1, "prompts_per_episode": 6, "samples_per_prompt": 4, "max_tokens": 24, "probe_prompts": 2}
 
 
 def served(at: WeightsServer, **more: Any) -> OpenAIEngine:
@@ -58,6 +50,12 @@ def adapted(seed: int = 0) -> tuple[Any, Any]:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return base, wrapped
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model's folder."""
+    return save_model(tmp_path_factory.mktemp("plain") / "model")
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
@@ -94,18 +92,28 @@ def test_weights_count_as_other_ones_after_a_step_and_after_a_roll_back_which_is
 # --- in this process --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_model_that_takes_the_weights_gives_the_live_model_s_run(
-    inputs: dict[str, Table | ModelRef], tmp_path: Path
-) -> None:
-    """Bit for bit in float32, behind a completion cache too, which would mix the weights of two episodes."""
-    run(tmp_path / "live", inputs, FEW)
-    engine = CachedEngine(TransformersEngine(inputs["policy"].path, fingerprint="0"), tmp_path / "cache")  # type: ignore[union-attr]
-    run(tmp_path / "copy", inputs, FEW, engine)
-    assert engine.misses == 0
+def test_a_second_model_that_takes_the_weights_samples_as_the_live_one_does(plain: str, tmp_path: Path) -> None:
+    """Bit for bit in float32, before and after the weights change; also where the recipe's engine comes behind a
+    completion cache, which would give the samples of the old weights again."""
+    model: Any = AutoModelForCausalLM.from_pretrained(plain)
+    tokenizer = make_tokenizer()
+    engine = CachedEngine(TransformersEngine(plain, fingerprint="0"), tmp_path / "cache")
+    tools = Tools(3, {"sampler": engine}, steps.Silent(), tmp_path, tmp_path)
+    taken = samplers.given(Config(), tools, steps.policy(plain), tokenizer, 1)
+    assert taken is not None
+    live = samplers.Live(model, tokenizer)
+    params = samplers.SamplingParams(max_tokens=6, logprobs=True, seed=5)
+    seen = []
+    for step in (0, 1):
+        taken.take(model, step)
+        one, two = (sorted(each.sample([[7, 8], [9]], 2, params), key=lambda s: s[:2]) for each in (live, taken))
+        assert one == two
+        seen.append(one)
+        taken.rest()
+        with torch.no_grad():
+            model.model.norm.weight.mul_(3)
+    assert seen[0] != seen[1] and engine.misses == 0
     engine.close()
-    assert episodes(tmp_path / "live") == episodes(tmp_path / "copy")
-    one, two = steps.weights(tmp_path / "live"), steps.weights(tmp_path / "copy")
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_vllm_is_woken_given_the_merged_weights_and_put_to_sleep_again(
@@ -137,15 +145,17 @@ def test_vllm_is_woken_given_the_merged_weights_and_put_to_sleep_again(
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_samples_from_the_weights_of_every_episode(
+def test_a_run_samples_from_a_server_which_reads_the_weights_whenever_they_changed(
     inputs: dict[str, Table | ModelRef], trained: Path, tmp_path: Path
 ) -> None:
-    """It reads a trial and the start, then the weights after each episode: the gap to the trainer stays at rounding."""
+    """A trial, the start, and what the episode made of it: the gap to the trainer stays at rounding all the way."""
     with WeightsServer(trained) as server:
         engine = served(server)
-        summary = run(tmp_path / "online", inputs, FEW, engine)
+        tools = Tools(3, {"sampler": engine}, steps.Silent(), tmp_path / "work", tmp_path / "online", {"device": "cpu"})
+        tools.work.mkdir()
+        summary = STAGE.run(Config(**FEW), inputs, tools).summary
         engine.close()
-        assert len(server.read) == server.resets == 2 + sum(record["steps"] > 0 for record in summary["episodes"])
+        assert len(server.read) == server.resets == 3 and summary["steps"] > 0
         assert len(set(server.read)) == len(server.read)
         end = AutoTokenizer.from_pretrained(trained).convert_tokens_to_ids("<|im_end|>")
         assert all(end in body["stop_token_ids"] for body in server.asked)
@@ -155,12 +165,6 @@ def test_a_server_samples_from_the_weights_of_every_episode(
     assert summary["pairs"] > 0
     assert max(line["heldout/gap"] for line in steps.curves(tmp_path / "online") if "heldout/gap" in line) < 1e-4
     assert all(torch.equal(tensor, last[name]) for name, tensor in steps.weights(tmp_path / "online").items())
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random model's folder."""
-    return save_model(tmp_path_factory.mktemp("plain") / "model")
 
 
 def sampler_of(server: WeightsServer, folder: Path, **more: Any) -> samplers.Served:
@@ -224,6 +228,36 @@ def test_a_server_that_goes_stale_later_or_cannot_see_the_folder_ends_the_run(pl
         sampler.take(make_model(), 0)
 
 
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bf16_training_is_sampled_from_in_bf16_and_its_weights_stay_in_fp32(trained: Path) -> None:
+    """As the training computes: products in bf16 on a residual stream in fp32. Then the sampler's log-probabilities are
+    those of the model's own forward under autocast to bf16's rounding, some thousandths of a nat a token."""
+    model: Any = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    sampler = samplers.Live(model, tokenizer, "bf16")
+    params = samplers.SamplingParams(max_tokens=24, logprobs=True)
+    prompts = [
+        tokenizer.encode(f"<|im_start|>user\nWhat is {i} plus {i}?<|im_end|>\n<|im_start|>assistant\n") for i in (2, 5)
+    ]
+    found = {place: done for place, _, done in sampler.sample(prompts, 1, params)}
+    quick = sampler.engine._quick
+    assert quick is not None and quick.blocks[0].qkv.dtype == quick.head.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    exact = sampler.engine.score(prompts, [found[i].token_ids for i in (0, 1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = sampler.engine.score(prompts, [found[i].token_ids for i in (0, 1)])
+    for place in (0, 1):
+        told = torch.tensor(found[place].logprobs)
+        apart = (told - torch.tensor(rounded[place])).abs().mean()
+        assert apart < 0.01 and (told - torch.tensor(exact[place])).abs().max() > 1e-5
+    sampler.rest()
+    assert quick.blocks == [] and quick.head is quick.embed
+    again = {place: done for place, _, done in sampler.sample(prompts, 1, params)}
+    assert again == found
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -251,3 +285,43 @@ def test_engines_that_cannot_sample_for_a_policy_are_refused_with_a_remedy(plain
                 samplers.given(Config(**settings), tools(engine), policy, tokenizer, processes)
     nothing = Tools(3, {}, steps.Silent(), Path(), Path())
     assert samplers.given(Config(), nothing, policy, tokenizer, 8) is None
+
+
+RECIPE = """\
+name: sampled
+steps:
+  prompts: {{stage: prompts, with: {{source: {{tiny: {{families: {{math: 4}}, seed: 1}}}}}}}}
+  sft: {{stage: "tests.fakes:TRAIN"}}
+  other: {{stage: "tests.fakes:TRAIN"}}
+  online:
+    stage: online-dpo
+    in: {{policy: {policy}, prompts: prompts}}
+    engines: {{sampler: {sampler}}}
+    with: {{scorer: verifier}}
+    processes: {processes}
+"""
+SERVED = '{kind: openai, model: any, server: vllm, base_url: "http://localhost:1/v1"}'
+
+
+@pytest.mark.parametrize(
+    ("policy", "sampler", "processes", "told"),
+    [
+        ("sft", "step:sft", 1, None),
+        ("tiny", "tiny", 1, None),
+        ("sft", SERVED, 1, None),
+        ("sft", "step:other", 1, "its engine holds other, and is to take the weights of the policy sft; give it"),
+        ("sft", "tiny", 1, "its engine holds tiny, and is to take the weights of the policy sft"),
+        ("tiny", "tiny-writer", 1, "holds tiny-writer, and is to take the weights of the policy tiny"),
+        ("sft", "step:sft", 2, "2 processes train, and an engine serves one; set it to 1, or leave out"),
+    ],
+)
+def test_a_recipe_s_sampler_holds_the_policy_s_own_model(
+    tmp_path: Path, policy: str, sampler: str, processes: int, told: str | None
+) -> None:
+    file = tmp_path / "sampled.yaml"
+    file.write_text(RECIPE.format(policy=policy, sampler=sampler, processes=processes))
+    if told is None:
+        assert "sampler" in load_recipe(file, (), tmp_path / "run").steps["online"].engines
+        return
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(file, (), tmp_path / "run")
