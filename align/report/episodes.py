@@ -17,14 +17,23 @@ SEEN = {
 """Of the guards' look after it."""
 
 
-def episode_table(summary: Mapping[str, Any]) -> Html | None:
-    """A row an episode; those that a guard objected to with the reasons. None for what has no episodes."""
+def episode_table(summary: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> Html | None:
+    """The start, then a row an episode; below, why any was rolled back. None for what has no episodes.
+
+    Args:
+        summary: of the step.
+        curves: its lines of metrics.jsonl, in which the look at the start is.
+    """
     records = summary.get("episodes")
     if not isinstance(records, Sequence) or not all(isinstance(one, Mapping) for one in records) or not records:
         return None
     sampled = {name: title for name, title in SAMPLED.items() if any(one.get(name) is not None for one in records)}
     seen = {name: title for name, title in SEEN.items() if any(name in one.get("probe", {}) for one in records)}
+    start = next((line for line in curves if line.get("episode") == 0), {})
     rows: list[list[Child]] = [
+        ["start", *("" for _ in sampled), *(_figure(start.get(f"heldout/{name}")) for name in seen), ""]
+    ]
+    rows += [
         [
             str(one["episode"]),
             *(_figure(one.get(name)) for name in sampled),

@@ -89,8 +89,9 @@ def _trainings(run: Run) -> Html | None:
     """The curves of every training, side by side under their headings."""
     parts: list[Child] = []
     for step in run.steps:
-        drawn = curve_charts(step.curves())
-        episodes = episode_table(step.manifest.summary) if step.manifest else None
+        lines = step.curves()
+        drawn = curve_charts(lines)
+        episodes = episode_table(step.manifest.summary, lines) if step.manifest else None
         if drawn or episodes:
             stage = el("span", f" {step.stage}", class_="stage") if step.stage != step.name else None
             parts += [el("h3", el("a", step.name, href=f"#step-{step.name}"), stage), episodes]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from align.core.errors import ModelError, RunError
+from align.core.errors import DataError, ModelError, RunError
 from align.core.records import Row
 from align.core.store import ModelRef, Table
 from align.train.episodes import sample, sampling
@@ -72,29 +72,45 @@ class Probe:
         return {f"heldout/{what}": value for what, value in self.means().items()}
 
 
+def check_guards(config: Config, inputs: Mapping[str, Table | ModelRef]) -> None:
+    """Refuses what the guards could make nothing of, before anything is loaded.
+
+    Raises:
+        ModelError: the second reward model is the one that is trained on, or its guard is set and it is not given.
+        DataError: the prompts have no column of the name that `kind` gives.
+    """
+    prompts, second, first = (inputs.get(name) for name in ("prompts", "second_reward_model", "reward_model"))
+    if second is None and config.max_second_drop != Config.model_fields["max_second_drop"].default:
+        raise ModelError(
+            "online-dpo: max_second_drop has no effect without the input second_reward_model; give one, or leave it"
+        )
+    if second is not None and not config.probe_prompts:
+        raise ModelError(
+            "online-dpo: second_reward_model is for the guards, and probe_prompts is 0: they don't look; give "
+            "prompts to look at, or leave the model out"
+        )
+    same = isinstance(first, ModelRef) and isinstance(second, ModelRef) and first.fingerprint == second.fingerprint
+    if same:
+        raise ModelError(
+            f"online-dpo: second_reward_model is the reward model itself ({second.name}), and tells nothing new; "  # type: ignore[union-attr]
+            "give one of another start, seed or data, or leave it out"
+        )
+    if isinstance(prompts, Table) and config.kind != "kind" and config.kind not in prompts.columns:
+        raise DataError(
+            f"{prompts.name}: no column {config.kind!r}, which kind names; it has {', '.join(sorted(prompts.columns))}"
+        )
+
+
 def second_scorer(
     config: Config, inputs: Mapping[str, Table | ModelRef], speed: Speed, verifiers: Verifiers, tokenizer: Any
 ) -> Scorer | None:
-    """What scores by the second reward model, where there is one.
-
-    Raises:
-        ModelError: it is the one that is trained on, or its guard is set and it is not given.
-    """
-    second, first = inputs.get("second_reward_model"), inputs.get("reward_model")
+    """What scores by the second reward model, where there is one."""
+    second = inputs.get("second_reward_model")
     if second is None:
-        if config.max_second_drop != Config.model_fields["max_second_drop"].default:
-            raise ModelError(
-                "online-dpo: max_second_drop has no effect without the input second_reward_model; give one, or leave it"
-            )
         return None
-    assert isinstance(second, ModelRef)
-    if isinstance(first, ModelRef) and first.fingerprint == second.fingerprint and first.path == second.path:
-        raise ModelError(
-            f"online-dpo: second_reward_model is the reward model itself ({second.name}), and tells nothing new; give "
-            "one of another start, seed or data, or leave it out"
-        )
     from reward.members import load_judge
 
+    assert isinstance(second, ModelRef)
     return Scorer(config, verifiers, load_judge(second, speed.device), tokenizer)
 
 

@@ -38,7 +38,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     from align.train import adapters, models, samplers
     from align.train.episodes import Prompts
-    from align.train.guards import second_scorer
+    from align.train.guards import check_guards, second_scorer
     from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
@@ -52,6 +52,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     reference = inputs.get("reference", policy)
     assert isinstance(policy, ModelRef) and isinstance(reference, ModelRef) and isinstance(table, Table)
     adapters.check_stackable(policy, config)
+    check_guards(config, inputs)
     tau = tau_of(config, inputs, policy)
     speed = Speed.of(tools.speed)
     tokenizer = models.load_tokenizer(policy)

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.core.errors import ModelError
+from align.core.errors import DataError, ModelError
 from align.core.records import Kind
 from align.core.store import ModelRef, Table
 from align.train.guards import Probe, end_of_run, objections, standard_errors
@@ -89,7 +89,7 @@ def reward_of(model: Path, coef: float) -> ModelRef:
     """The model as a reward model: coef times the log-probability of a completion."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     Card("logprob", coef, None, "base", template_hash(tokenizer)).write(model)
-    return ModelRef(str(model), Kind.REWARD_MODEL, model.parent.name, str(model))
+    return ModelRef(str(model), Kind.REWARD_MODEL, model.parent.name, model.parent.name)
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +185,19 @@ def word(row: dict[str, Any]) -> str:
     return {"benign": "safe", "harmful": "Unsafe"}[json.loads(row["reference"])["kind"]]
 
 
-def test_a_second_reward_model_that_is_the_first_is_refused_and_so_is_its_guard_without_one(
+def test_guards_that_nothing_was_given_for_are_refused_before_a_model_is_loaded(
     world: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="second_reward_model is the reward model itself"):
-        run(world, tmp_path / "a", "honest", "honest")
-    given = {"policy": steps.policy(world["policy"]), "prompts": world["prompts"]}
-    with pytest.raises(ModelError, match="max_second_drop has no effect without the input second_reward_model"):
-        steps.run(STAGE, tmp_path / "b", given, ONLINE | {"scorer": "verifier", "max_second_drop": 1.0})
+    given = {"policy": steps.policy("nowhere"), "prompts": world["prompts"], "reward_model": world["honest"]}
+    both = given | {"second_reward_model": world["honest"]}
+    for inputs, settings, problem in (
+        (both, {}, "second_reward_model is the reward model itself"),
+        (given, {"max_second_drop": 1.0}, "max_second_drop has no effect without the input second_reward_model"),
+        (both, {"probe_prompts": 0}, "probe_prompts is 0: they don't look"),
+        (given, {"kind": "risk"}, "no column 'risk', which kind names; it has family, prompt,"),
+    ):
+        with pytest.raises((ModelError, DataError), match=problem):
+            steps.run(STAGE, tmp_path, inputs, ONLINE | settings)
 
 
 def probe(length: float = 20.0, kl: float = 0.0, **rights: int) -> Probe:
