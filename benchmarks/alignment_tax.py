@@ -81,17 +81,29 @@ def merge(
     return {n: base[n] + d.view_as(base[n]) for n, d in zip(names, torch.split(merged, sizes), strict=True)}
 
 
-TRAININGS: dict[str, dict[str, Any]] = {
-    "gentle": {"learning_rate": 2e-4, "beta": 0.1},
-    "harsh": {"learning_rate": 1e-3, "beta": 0.03},
-}
-"""The quickstart's DPO; and one that displaces the chosen."""
-COMMON = {"epochs": 2, "global_batch_size": 16, "max_length": 256}
+TRAININGS: dict[str, dict[str, Any]] = {"gentle": {"learning_rate": 2e-4}, "harsh": {"learning_rate": 5e-4}}
+"""The quickstart's DPO; and one that is too fast for the others."""
+COMMON: dict[str, Any] = {"beta": 0.1, "epochs": 2, "global_batch_size": 16, "max_length": 256}
+
+
+def merging(kind: str, keep: float, alpha: float, as_in: str) -> dict[str, Any]:
+    """Settings of the Online Merging Optimizer."""
+    return {"merging": kind, "merging_keep": keep, "merging_alpha": alpha, "merging_as_in": as_in}
+
+
 TRIED: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "NLL 1.0": {"nll_weight": 1.0},
+    "OnDARE code 0.5 1e-3": merging("ondare", 0.5, 1e-3, "code"),
+    "OnDARE code 0.5 5e-3": merging("ondare", 0.5, 5e-3, "code"),
+    "OnDARE code 0.1 1e-3": merging("ondare", 0.1, 1e-3, "code"),
+    "OnDARE paper 0.5 1e-3": merging("ondare", 0.5, 1e-3, "paper"),
+    "OnTIES code 0.5 1e-3": merging("onties", 0.5, 1e-3, "code"),
+    "OnTIES code 0.5 5e-3": merging("onties", 0.5, 5e-3, "code"),
+    "OnTIES code 0.1 1e-3": merging("onties", 0.1, 1e-3, "code"),
+    "OnTIES paper 0.5 1e-3": merging("onties", 0.5, 1e-3, "paper"),
 }
-"""Settings of `dpo` beside those of the training."""
+"""Settings of `dpo` beside those of the training; of the optimizer: variant, keep, alpha."""
 MERGED_TRIED: dict[str, dict[str, Any]] = {
     f"{method} {back:g}": {"method": method, "back": back, "keep": keep}
     for method, keep, backs in (("linear", 1.0, (0.25, 0.5, 0.75)), ("dare", 0.5, (0.5,)), ("ties", 0.5, (0.5,)))

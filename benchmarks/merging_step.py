@@ -4,7 +4,8 @@
 
 Parameters have the shapes of a Qwen2 model (biases and norms among them) and fixed random gradients; nothing else is
 computed. One process, one thread on a CPU, all optimizers in turn (A B C A B C ...), each figure the median over the
-repeats of the mean over the steps, after steps that warm up; CPU seconds on a CPU, on the clock on a GPU. Weight decay is off, as `dpo` has it. Tau is random.
+repeats of the mean over the steps, after steps that warm up; CPU seconds on a CPU, on the clock on a GPU. Weight decay
+is off, as `dpo` has it. Tau is random.
 
 adamw default    torch.optim.AdamW as it comes (foreach on a GPU, a loop over the tensors on a CPU)
 adamw fused      torch.optim.AdamW(fused=True), which transformers and we use by default

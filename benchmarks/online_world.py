@@ -27,72 +27,51 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ladder import recipe as ladder_recipe
 from machine import machine
 from rungs import HELD_OUT, align_run, difference, evaluation, made, manifest, scores
 
 from align.core.manifest import versions
 
 SAMPLES = 8
-RUNGS = ("heldout", "dpo", "fresh", "reward_model")
-FURTHER = {"math": 800, "code": 50, "format": 800, "tag": 600, "benign": 300, "harmful": 300}
-"""Training prompts of the online stage that nothing before it has read."""
-DEV = {"math": 90, "code": 30, "format": 90, "tag": 90, "benign": 60, "harmful": 60}
-"""What the guards look at: the quickstart's."""
-
-START = {
-    "episodes": 4, "prompts_per_episode": 300, "samples_per_prompt": 6, "max_tokens": 96, "max_length": 256,
-    "learning_rate": 2e-4, "global_batch_size": 16, "beta": 0.1, "nll_weight": 1.0,
-}  # fmt: skip
-"""Of the design's experiment, where the search began; prompts: those that the reward model was trained on."""
+RUNGS = ("dpo", "reward_model")
 SFT = {"losses": ["sft"], "nll_weight": 0.0}
 """In place of DPO's loss: the mean negative log-likelihood of the chosen."""
 TRIED: dict[str, dict[str, Any]] = {
-    "4 episodes, the prompts of the reward model": {},
-    "4 episodes": {"prompts": "further"},
-    "8 episodes": {"prompts": "further", "episodes": 8},
-    "4 episodes, 2 epochs": {"prompts": "further", "epochs": 2.0},
-    "4 episodes, 2 epochs, lr 4e-4": {"prompts": "further", "epochs": 2.0, "learning_rate": 4e-4},
-    "8 episodes, lr 1e-4": {"prompts": "further", "episodes": 8, "learning_rate": 1e-4},
-    "6 more samples where none is right": {"prompts": "further", "resample": 6},
-    "rejection, 4 episodes": {"prompts": "further", **SFT},
+    "as chosen": {},
+    "every prompt taken": {"choose_from": 1},
+    "8 episodes, lr 1e-4": {"episodes": 8, "learning_rate": 1e-4},
+    "every prompt taken, 6 more samples where none is right": {"choose_from": 1, "resample": 6},
+    "rejection": SFT,
+    "rejection, lr 5e-4": {"learning_rate": 5e-4, **SFT},
 }
-"""What differs from `START`."""
+"""What differs from the quickstart's `online_dpo`."""
 
-CHOSEN: dict[str, Any] = {"prompts": "further", "episodes": 8}
-FINAL = {
-    "mix": CHOSEN,
-    "reward_model": CHOSEN | {"scorer": "reward_model"},
-    "verifier": CHOSEN | {"scorer": "verifier"},
-    "rejection": CHOSEN | SFT,
+FINAL: dict[str, dict[str, Any]] = {
+    "mix": {},
+    "reward_model": {"scorer": "reward_model"},
+    "verifier": {"scorer": "verifier"},
+    "rejection": SFT,
 }
-
-
-def online(seed: int, ladder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The step `online-dpo` with these settings."""
-    told = START | settings
-    prompts = told.pop("prompts", str(ladder / "fresh"))
-    inputs = {"policy": str(ladder / "dpo"), "prompts": prompts}
-    if told.get("scorer") != "verifier":
-        inputs["reward_model"] = str(ladder / "reward_model")
-    return {"stage": "online-dpo", "in": inputs, "with": told}
-
-
-def prompts(families: dict[str, int], seed: int, split: str = "train") -> dict[str, Any]:
-    """A source of instructions."""
-    return {"tiny": {"families": families, "split": split, "seed": seed}}
 
 
 def recipe(seed: int, ladder: Path, runs: dict[str, dict[str, Any]], split: str, samples: int) -> dict[str, Any]:
     """All the runs of a seed, and their evaluations beside that of the policy they start from."""
-    place = 100 * (seed - 1)
-    further = [prompts(FURTHER, 8 + place), prompts(DEV, 6 + place, "dev")]
+    quick = ladder_recipe(seed)["steps"]
     steps: dict[str, Any] = {
-        "further": {"stage": "prompts", "with": {"source": further}},
-        "asked": {"stage": "prompts", "with": {"source": prompts(HELD_OUT, 1000, split)}},
+        "unread": quick["unread"],
+        "asked": {
+            "stage": "prompts",
+            "with": {"source": {"tiny": {"families": HELD_OUT, "split": split, "seed": 1000}}},
+        },
         "dpo_eval": evaluation(str(ladder / "dpo"), "asked", split, samples),
     }
     for name, settings in runs.items():
-        steps[name] = online(seed, ladder, settings)
+        inputs = {"policy": str(ladder / "dpo"), "prompts": "unread", "reward_model": str(ladder / "reward_model")}
+        told = quick["online_dpo"]["with"] | settings
+        if told.get("scorer") == "verifier":
+            del inputs["reward_model"]
+        steps[name] = {"stage": "online-dpo", "in": inputs, "with": told}
         steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, samples)
     return {"name": f"online-{seed}", "seed": seed, "steps": steps}
 
@@ -112,7 +91,7 @@ def run(seed: int, out: Path, runs: dict[str, dict[str, Any]], split: str, sampl
             "pairs": about.summary["pairs"],
             "steps": about.summary["steps"],
             "chosen_logp_change": round(about.summary["chosen_logp_change"], 2),
-            "rolled_back": about.summary.get("warnings", []),
+            "rolled_back": about.summary["rolled_back"],
             "guards_saw": [round(about.summary["heldout_start"], 1), round(about.summary["heldout_end"], 1)],
             "cpu_seconds": round(about.cpu_seconds),
         }
@@ -146,13 +125,24 @@ def main() -> None:
         found = {label.get(name, name): one for name, one in run(seed, options.out, runs, "dev", 4).items()}
         shown = {seed: found}
         told = {name: one | {"settings": TRIED.get(name)} for name, one in found.items()}
-        result["tried"] = about | {"split": "dev", "seed": seed, "samples": 4, "start": START, "runs": told}
+        result["tried"] = about | {
+            "split": "dev",
+            "seed": seed,
+            "samples": 4,
+            "chosen": ladder_recipe(seed)["steps"]["online_dpo"]["with"],
+            "runs": told,
+        }
     else:
         shown = {}
         for seed in options.seeds:
             shown[seed] = run(seed, options.out, FINAL, "test", SAMPLES)
             what = "verified score in % on 750 test instructions of the tiny world; differences are paired, in points"
-            told = {"what": what, "samples": SAMPLES, "start": START, "chosen": FINAL}
+            told = {
+                "what": what,
+                "samples": SAMPLES,
+                "settings": ladder_recipe(seed)["steps"]["online_dpo"]["with"],
+                "runs": FINAL,
+            }
             result |= about | told | {"seeds": shown, "bar": bar(shown)}
     if options.save:
         options.save.write_text(json.dumps(result, indent=2) + "\n")

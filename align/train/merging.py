@@ -24,14 +24,14 @@ merged as one Delta. Otherwise decay is AdamW's, outside of what is merged.
 
 For each group of parameters up to `AT_ONCE` numbers, all by a few operations on one flat buffer:
 
-    buffer = 0; one AdamW call moves it, without decay, at the learning rate (1 - alpha) eta:  (1 - alpha) Delta
-    F: draw the places that stay, or cut below a quantile of each tensor's magnitudes
-    at the places where F keeps tau: add or elect
-    theta += buffer
+    one AdamW call on the buffer instead of the weights, at the learning rate (1 - alpha) eta:  (1 - alpha) Delta
+    OnDARE: draw places; theta += the buffer at these
+    OnTIES: cut the buffer below a quantile of each tensor's magnitudes, elect where F keeps tau; theta += the buffer
+    theta += alpha F(tau), at its places
 
 At the paper's alpha of 1e-7 tau's term is about 1e-10, and in float32 a weight of 0.02 changes by 2e-9 or not at all.
-So bf16 weights have a float32 master, and at the places where F(tau) is not 0 what float32 rounds away is kept (`low`,
-another float32) and added when it has grown. OnDARE in the paper's variant has no fixed places: there it is lost.
+So bf16 weights have a float32 master, and what float32 rounds away of tau's term is kept (`low`, another float32, at
+the places where F(tau) is not 0) and added when it has grown.
 Masks and samples are drawn of the whole parameters (shards.py), so a sharded model has those of a whole one.
 Differs from the paper: OnTIES's threshold is a quantile of a sample of places, drawn once, and not of a sort, which
 alone takes fifty times AdamW's step. It is one of each tensor, over all its shards, as in the paper.
@@ -39,12 +39,13 @@ alone takes fifty times AdamW's step. It is one of each tensor, over all its sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from align.core.errors import ModelError
@@ -80,8 +81,9 @@ class MergingAdamW(torch.optim.Optimizer):
 
     State of a parameter: `step`, `exp_avg`, `exp_avg_sq` as AdamW's; `master` of a parameter that isn't float32;
     `before`, its weights after the last merge, where steps gather; `low`, see the module, in the order of its kept
-    places. (A sharded parameter's `low` is in no checkpoint, since its length is the shard's own: a run that goes on
-    begins it at 0.) Groups count their `steps`. Tau and its mask are in no checkpoint: they are the same again.
+    places, or of all where they are drawn anew. (Where a parameter is sharded, the first kind is in no checkpoint,
+    since its length is the shard's own: a run that goes on begins it at 0.) Groups count their `steps`. Tau and its
+    mask are in no checkpoint: they are the same again.
 
     Args:
         named: the parameters with their names; groups as for any optimizer are made of them.
@@ -122,21 +124,22 @@ class MergingAdamW(torch.optim.Optimizer):
         for part in self._all_parts():
             part.begin(self.state, self.merging)
             if gathers:
-                self._adamw(part, part.weights(self.state), part.group["lr"], part.group["weight_decay"])
+                self._adamw(part, part.weights(), part.group["lr"], part.group["weight_decay"])
                 if self.merging.method != "none" and part.group["steps"] % self.merging.every == 0:
                     self._merge_gathered(part)
             elif part.group["lr"]:
                 self._merge_step(part)
-            part.round_to_model(self.state)
+            part.round_to_model()
         return loss
 
     @torch.no_grad()
     def finish(self) -> None:
         """Merges what has gathered since the last merge; for the end of a training that `every` doesn't divide."""
         for part in self._all_parts():
+            part.begin(self.state, self.merging)
             if self.merging.method != "none" and part.group["steps"] % self.merging.every:
                 self._merge_gathered(part)
-                part.round_to_model(self.state)
+                part.round_to_model()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; only that float32 state of bf16 parameters stays float32."""
@@ -147,27 +150,23 @@ class MergingAdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
         for part in self._parts:
-            part.high = None  # of the weights that are there now
+            part.group, part.low = self.param_groups[part.number], None
 
     # --- one part of the parameters ---------------------------------------------------------------------------------
 
     def _merge_step(self, part: Part) -> None:
         """Decay, then the merged step, on the weights."""
-        weights, group = part.weights(self.state), part.group
-        decay = 1 - group["lr"] * group["weight_decay"]
-        part.read_high(weights, self.state)
-        buffer = self._scratch(part)
-        self._adamw(part, part.views(buffer), group["lr"] * (1 - self.merging.alpha), 0.0)
-        if decay != 1:
-            torch._foreach_mul_([weights[number] for number in part.moving()], decay)
-            part.decay_high(decay)
+        weights, group = part.weights(), part.group
+        buffer, lr = self._buffer_of(part), group["lr"] * (1 - self.merging.alpha)
+        self._adamw(part, part.views(buffer), lr, 1 / lr)  # a decay of 1 / lr takes what lay in the buffer before
+        if group["weight_decay"]:
+            torch._foreach_mul_([weights[number] for number in part.moving()], 1 - group["lr"] * group["weight_decay"])
         self._merge(part, weights, buffer)
 
     def _merge_gathered(self, part: Part) -> None:
         """What AdamW has done since the last merge is taken back, and merged as one Delta."""
-        weights, before = part.weights(self.state), part.locals(self.state, "before")
-        part.read_high(before, self.state)
-        buffer = self._scratch(part)
+        weights, before = part.weights(), part.states("before")
+        buffer = self._buffer_of(part)
         views = part.views(buffer)
         torch._foreach_copy_(views, weights)
         torch._foreach_sub_(views, before)
@@ -182,7 +181,7 @@ class MergingAdamW(torch.optim.Optimizer):
         if not moving:
             return
         first, second = part.group["betas"]
-        states = [self.state[part.parameters[number]] for number in moving]
+        states = [part.own[number] for number in moving]
         adamw(
             [targets[number] for number in moving],
             [gradient(part.parameters[number]) for number in moving],
@@ -194,43 +193,44 @@ class MergingAdamW(torch.optim.Optimizer):
             weight_decay=weight_decay,
         )  # fmt: skip
 
-    def _merge(self, part: Part, weights: list[Tensor], step: Tensor) -> None:
-        """weights += the merged step, of the buffer's (1 - alpha) Delta."""
+    def _merge(self, part: Part, weights: Sequence[Tensor], step: Tensor) -> None:
+        """weights += the merged step; `step` is the buffer with (1 - alpha) Delta."""
         merging = self.merging
-        code = merging.as_in == "code"
         if merging.method == "ondare":
-            part.drop(step, merging, scale=1 / merging.keep if code else 1.0)
+            part.add_drawn(weights, step, merging)
+            at, taught = part.taught(merging)
         else:
             part.trim(step)
-        if merging.alpha and merging.method == "ondare" and not code:
-            drawn = part.draw(f"tau {part.group['steps']}", merging)
-            step.index_add_(0, drawn, part.tau[drawn], alpha=merging.alpha)
-        elif merging.alpha:
-            part.add_tau(step, merging)
-        torch._foreach_add_(weights, part.views(step))
+            at, taught = part.elect(step, merging)
+            torch._foreach_add_(list(weights), part.views(step))
+        if len(at):
+            part.add_exactly(weights, at, taught)
 
-    def _scratch(self, part: Part) -> Tensor:
-        """The buffer, as long as the part, zeros; all parts share one."""
+    def _buffer_of(self, part: Part) -> Tensor:
+        """As long as the part; all parts share one. What lies in it is finite, and has no meaning."""
         if len(self._buffer) < part.layout.size or self._buffer.device != part.device:
             most = max(each.layout.size for each in self._parts)
-            self._buffer = torch.empty(most, device=part.device)
-        return self._buffer[: part.layout.size].zero_()
+            self._buffer = torch.zeros(most, device=part.device)
+        buffer = self._buffer[: part.layout.size]
+        if len(part.moving()) < len(part.parameters):
+            buffer.zero_()  # AdamW passes by where there is no gradient
+        return buffer
 
     def _all_parts(self) -> list[Part]:
         """Made at the first step."""
         if not self._parts:
-            number = 0
-            for group in self.param_groups:
-                names = group.get("param_names") or [str(number + i) for i in range(len(group["params"]))]
-                number += len(names)
+            before = 0
+            for number, group in enumerate(self.param_groups):
+                names = group.get("param_names") or [str(before + i) for i in range(len(group["params"]))]
+                before += len(names)
                 named: list[tuple[str, Tensor]] = []
                 for name, parameter in zip(names, group["params"], strict=True):
                     if named and sum(p.numel() for _, p in named) + parameter.numel() > AT_ONCE:
-                        self._parts.append(Part(named, group, self.merging))
+                        self._parts.append(Part(named, number, group, self.merging))
                         named = []
                     named.append((name, parameter))
                 if named:
-                    self._parts.append(Part(named, group, self.merging))
+                    self._parts.append(Part(named, number, group, self.merging))
             if self.merging.method != "none" and self.merging.alpha:
                 for part in self._parts:
                     part.read_tau(self._tau, self.merging)
@@ -241,22 +241,28 @@ class Part:
     """Parameters that are merged together: their shards one behind the other, as in the buffer.
 
     Attributes:
-        parameters: of one group of the optimizer.
+        parameters: of one group of the optimizer, the `number`-th.
         layout: where they lie.
-        tau: of all places, or of those alone at which F keeps it.
-        kept: these places, where they are fixed.
-        high: the weights there, as float32 has them; None where they must be read anew.
-        low: what float32 rounds away of them.
+        kept: places at which F keeps tau; all, where they are drawn anew at each step; none where alpha is 0.
+        tau: there, after F where they are fixed.
+        low: what float32 rounds away of the weights there; None before the first merge, and after a load.
+        own: each parameter's state.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], group: dict[str, Any], merging: Merging) -> None:
+    def __init__(
+        self, named: Sequence[tuple[str, Tensor]], number: int, group: dict[str, Any], merging: Merging
+    ) -> None:
         self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
-        self.group, self.device = group, local(self.parameters[0]).device
+        self.number, self.group, self.device = number, group, local(self.parameters[0]).device
         self.layout = Layout([Shard.of(parameter) for parameter in self.parameters], self.device)
         self.sizes = [shard.size for shard in self.layout.shards]
-        self.tau = self.kept = self.low = torch.zeros(0, device=self.device)
-        self.high: Tensor | None = None
-        self._in_each: list[int] = []
+        self._edges = torch.tensor([0, *self.sizes], device=self.device).cumsum(0)
+        self.redraws = merging.method == "ondare" and merging.as_in == "paper"
+        self.kept = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.tau = torch.zeros(0, device=self.device)
+        self.low: Tensor | None = None
+        self.own: list[dict[str, Any]] = []
+        self._kept_in: list[tuple[int, tuple[Tensor, ...]]] = []
         self.quantiles: Quantiles | None = None
         if merging.method == "onties" and merging.keep < 1:
             self.quantiles = Quantiles(self.names, self.layout, merging.keep, merging.seed, self.device)
@@ -264,57 +270,68 @@ class Part:
     # --- their tensors ----------------------------------------------------------------------------------------------
 
     def begin(self, state: Any, merging: Merging) -> None:
-        """Gives a parameter that has its first gradient its state."""
-        for parameter in self.parameters:
-            own = state[parameter]
+        """Finds each parameter's state, and gives what it lacks; the moments with its first gradient."""
+        self.own = [state[parameter] for parameter in self.parameters]
+        for parameter, own in zip(self.parameters, self.own, strict=True):
             if "master" not in own and parameter.dtype != torch.float32:
                 own["master"] = parameter.detach().float().clone()
             if "before" not in own and merging.method != "none" and merging.every > 1:
                 own["before"] = parameter.detach().float().clone()
+            if "low" not in own and self.redraws and merging.alpha:
+                own["low"] = _zeros(parameter)
             if "step" not in own and parameter.grad is not None:
                 own["step"] = torch.zeros((), device=self.device)
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    zeros = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-                    own[moment] = zeros
+                own["exp_avg"], own["exp_avg_sq"] = _zeros(parameter), _zeros(parameter)
 
     def moving(self) -> list[int]:
         """Numbers of the parameters that have a gradient."""
         return [number for number, p in enumerate(self.parameters) if p.grad is not None and self.sizes[number]]
 
-    def weights(self, state: Any) -> list[Tensor]:
+    def weights(self) -> list[Tensor]:
         """In float32, as they lie in this process."""
-        return [local(state[p].get("master", p)) if p in state else local(p) for p in self.parameters]
+        return [local(own.get("master", p)) for own, p in zip(self.own, self.parameters, strict=True)]
 
-    def locals(self, state: Any, name: str) -> list[Tensor]:
-        """A piece of every parameter's state."""
-        return [local(state[parameter][name]) for parameter in self.parameters]
+    def states(self, name: str) -> list[Tensor]:
+        """A piece of every parameter's state, as it lies in this process."""
+        return [local(own[name]) for own in self.own]
 
-    def round_to_model(self, state: Any) -> None:
+    def round_to_model(self) -> None:
         """Writes masters into the model's own weights."""
-        of = [p for p in self.parameters if "master" in state.get(p, {})]
-        if of:
-            torch._foreach_copy_([local(p) for p in of], [local(state[p]["master"]) for p in of])
+        pairs = [(p, own["master"]) for own, p in zip(self.own, self.parameters, strict=True) if "master" in own]
+        if pairs:
+            torch._foreach_copy_([local(model) for model, _ in pairs], [local(master) for _, master in pairs])
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """A buffer as tensors of the parameters' shapes."""
         pieces = buffer.split_with_sizes(self.sizes)
         return [piece.view(local(p).shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
-    # --- what is kept -----------------------------------------------------------------------------------------------
+    def by_parameter(self, at: Tensor, *beside: Tensor) -> list[tuple[int, tuple[Tensor, ...]]]:
+        """Places in order, and what goes with them, by the parameter's number; counted from each one's first."""
+        counts = torch.searchsorted(at, self._edges).diff()
+        inside = at - torch.repeat_interleave(self._edges[:-1], counts, output_size=len(at))
+        sizes = counts.tolist()
+        pieces = zip(*(each.split_with_sizes(sizes) for each in (inside, *beside)), strict=True)
+        return [(number, piece) for number, piece in enumerate(pieces) if sizes[number]]
+
+    # --- F of a step ------------------------------------------------------------------------------------------------
 
     def draw(self, what: str, merging: Merging) -> Tensor:
         """Places that stay, each with probability `keep`."""
         key = f"{merging.seed}/{self.names[0]}/{what}"
         return self.layout.mine(positions(key, self.layout.whole, merging.keep, self.device))[0]
 
-    def drop(self, step: Tensor, merging: Merging, scale: float) -> None:
-        """OnDARE's F of a step."""
+    def add_drawn(self, weights: Sequence[Tensor], step: Tensor, merging: Merging) -> None:
+        """weights += OnDARE's F of a step."""
         if merging.keep >= 1:
+            torch._foreach_add_(list(weights), self.views(step))
             return
         drawn = self.draw(f"step {self.group['steps']}", merging)
-        values = step[drawn].mul_(scale)
-        step.zero_()
-        step[drawn] = values
+        values = step.index_select(0, drawn)
+        if merging.as_in == "code":
+            values /= merging.keep
+        for number, (at, found) in self.by_parameter(drawn, values):
+            weights[number].view(-1).index_add_(0, at, found)
 
     def trim(self, step: Tensor) -> None:
         """OnTIES's F: what is smaller than its tensor's threshold becomes 0; what is as large stays."""
@@ -340,60 +357,77 @@ class Part:
                     "give the models that the policy was made from"
                 )
             piece.copy_(shard.cut(whole))
-        if merging.method == "ondare" and merging.as_in == "paper":
+        if self.redraws:
             self.tau = flat
-            return
-        if merging.method == "ondare":
+        elif merging.method == "ondare":
             self.kept = self.draw("tau", merging)
             self.tau = (flat[self.kept] / merging.keep).clamp_(-1, 1)
         else:
             self.trim(flat)
             self.kept = flat.nonzero()[:, 0]
             self.tau = flat[self.kept]
-        edges = torch.tensor([0, *self.sizes]).cumsum(0).to(self.device)
-        self._in_each = torch.searchsorted(self.kept, edges).diff().tolist()
 
-    def read_high(self, weights: Sequence[Tensor], state: Any) -> None:
-        """The weights where tau is kept, and what float32 has rounded away of them: at the first step, or after a load.
+    def taught(self, merging: Merging) -> tuple[Tensor, Tensor]:
+        """Where OnDARE adds to the weights what SFT has taught, and alpha F(tau) there, float64."""
+        at, tau = self.kept, self.tau
+        if self.redraws and merging.alpha:
+            at = self.draw(f"tau {self.group['steps']}", merging)
+            tau = tau.index_select(0, at)
+        return at, tau.double().mul_(merging.alpha)
 
-        The parameters' `low` are views of the part's.
+    def elect(self, step: Tensor, merging: Merging) -> tuple[Tensor, Tensor]:
+        """OnTIES: where signs conflict, the smaller one becomes 0, in the step or in what SFT has taught.
+
+        Returns:
+            See `taught`.
         """
-        if self.high is not None or not len(self.kept):
-            return
-        inside = self.kept.split_with_sizes(self._in_each)
-        starts = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
-        pieces = [w.reshape(-1)[at - start] for w, at, start in zip(weights, inside, starts, strict=True)]
-        self.high = torch.cat(pieces)
-        lows = [state[p].get("low", torch.zeros_like(piece)) for p, piece in zip(self.parameters, pieces, strict=True)]
-        self.low = torch.cat(lows)
-        if self.layout.group is None:
-            for parameter, low in zip(self.parameters, self.low.split_with_sizes(self._in_each), strict=True):
-                state[parameter]["low"] = low
-
-    def decay_high(self, decay: float) -> None:
-        """As the weights that have a gradient are decayed, bit by bit."""
-        if self.high is not None:
-            pieces = self.high.split_with_sizes(self._in_each)
-            torch._foreach_mul_([pieces[number] for number in self.moving()], decay)
-
-    def add_tau(self, step: Tensor, merging: Merging) -> None:
-        """alpha F(tau) where it is not 0, added or, in OnTIES, elected; with what float32 has rounded away before."""
-        if not len(self.kept):
-            return
-        assert self.high is not None
-        a, b = step[self.kept].double(), self.tau.double()
+        a, b = step.index_select(0, self.kept).double(), self.tau.double()
         taught = merging.alpha * b
-        if merging.method == "ondare":
-            found = a + taught
-        else:
-            mine, other = (a / (1 - merging.alpha), b) if merging.as_in == "code" else (a, taught)
-            winner = torch.where(mine.abs() >= other.abs(), a, taught)
-            found = torch.where(mine * other < 0, winner, a + taught)
-        exact = self.high.double() + self.low + found
-        high = exact.float()
-        step[self.kept] = high - self.high
-        self.low.copy_(exact - high)
-        self.high.copy_(high)
+        mine, other = (a / (1 - merging.alpha), b) if merging.as_in == "code" else (a, taught)
+        conflict, larger = mine * other < 0, mine.abs() >= other.abs()
+        step.index_copy_(0, self.kept, a.masked_fill_(conflict & ~larger, 0).float())
+        return self.kept, taught.masked_fill_(conflict & larger, 0)
+
+    def add_exactly(self, weights: Sequence[Tensor], at: Tensor, values: Tensor) -> None:
+        """weights += values at some places, and what float32 has rounded away there before."""
+        found = self.by_parameter(at) if self.redraws else self._fixed()
+        flat = {number: weights[number].view(-1) for number, _ in found}
+        lows = {number: local(self.own[number]["low"]).view(-1) for number, _ in found if self.redraws}
+        low = _select(lows, found) if self.redraws else self._low(found)
+        exact = _select(flat, found).double().add_(low).add_(values)
+        rounded = exact.float()
+        low.copy_(exact.sub_(rounded))
+        sizes = [len(inside) for _, (inside,) in found]
+        for (number, (inside,)), new, rest in zip(
+            found, rounded.split_with_sizes(sizes), low.split_with_sizes(sizes), strict=True
+        ):
+            flat[number].index_copy_(0, inside, new)
+            if self.redraws:
+                lows[number].index_copy_(0, inside, rest)
+
+    def _fixed(self) -> list[tuple[int, tuple[Tensor, ...]]]:
+        if not self._kept_in:
+            self._kept_in = self.by_parameter(self.kept)
+        return self._kept_in
+
+    def _low(self, found: Sequence[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
+        """Of the fixed places; the parameters' own are views of it."""
+        if self.low is None:
+            new = [torch.zeros(len(inside), device=self.device) for _, (inside,) in found]
+            own = [self.own[number] for number, _ in found]
+            self.low = torch.cat([each.get("low", zeros) for each, zeros in zip(own, new, strict=True)])
+            if self.layout.group is None:
+                for each, view in zip(own, self.low.split_with_sizes([len(zeros) for zeros in new]), strict=True):
+                    each["low"] = view
+        return self.low
+
+
+def _select(flat: Mapping[int, Tensor], found: Sequence[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
+    return torch.cat([flat[number].index_select(0, inside) for number, (inside,) in found])
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -404,6 +438,4 @@ def gradient(parameter: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of it that lies in this process."""
-    from torch.distributed.tensor import DTensor
-
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

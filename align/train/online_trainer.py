@@ -329,6 +329,10 @@ class OnlineDPO(DPO):
             self.settings.episodes
         )
 
+    def _get_learning_rate(self) -> float:
+        """The one that is used: the scheduler knows nothing of where an episode begins, or a process went on."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def _factor(self, step_here: int) -> float:
         where = (self.episode + min(1.0, (step_here + 0.5) / self.steps_here)) / self.settings.episodes
         return learning_rate_factor(self.settings, where)

@@ -147,8 +147,9 @@ class Scorer:
         """
         if self.judge is None or not groups:
             return [[Verdict.error("no judge")] * len(group.completions) for group in groups]
+        apart = "{constraint}" in self.judge.template
         asked = {
-            (number, c.text): {"instruction": group.row["prompt"], "completion": c.text}
+            (number, c.text): {**_instruction(group.row, apart), "completion": c.text}
             for number, group in enumerate(groups)
             for c in group.completions
             if c.finish_reason != "error"
@@ -194,6 +195,15 @@ class Scorer:
         scores = [group.scores["reward_model"][place] for place in (pair.chosen, pair.rejected)]
         believed = self.reward_model.judge_group(group.family, scores)
         return self.reward_model.gates is None or believed == (0, 1)
+
+
+def _instruction(row: Row, apart: bool) -> dict[str, Any]:
+    """A prompt as a judge's template shows it; of one that `constrain` made, query and constraint apart if wanted."""
+    *before, last = row["prompt"]
+    if not apart or not row.get("constraint"):
+        return {"instruction": row["prompt"], "constraint": ""}
+    query = {**last, "content": row.get("query") or last["content"]}
+    return {"instruction": [*before, query], "constraint": row["constraint"]}
 
 
 def _unscored(group: Group, part: Part) -> Group:
@@ -287,13 +297,13 @@ def judge_of(config: Config, tools: Tools, has_reward_model: bool) -> Judge | No
     asked = "judge" in config.scored_by and not (config.scorer == "mix" and (has_reward_model or not given))
     if asked and not given:
         raise RecipeError(
-            f"online-dpo: scorer is {config.scorer} and there is no engine `judge`; give one (engines: {{judge: …}}, "
+            f"scorer is {config.scorer} and there is no engine `judge`; give one (engines: {{judge: …}}, "
             "or judge=MODEL), in one process (processes: 1)"
         )
     if given and not asked:
         who = "the reward model scores what no verifier does" if config.scorer == "mix" else "nothing asks it"
         raise RecipeError(
-            f"online-dpo: the engine `judge` has no effect, since scorer is {config.scorer} and {who}; leave it out, "
+            f"the engine `judge` has no effect, since scorer is {config.scorer} and {who}; leave it out, "
             "or set scorer to judge or weighted"
         )
     return Judge(tools.engines["judge"], config, tools.seed) if asked else None

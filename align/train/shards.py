@@ -110,7 +110,8 @@ def positions(key: str, size: int, keep: float, device: Any) -> Tensor:
     found = torch.zeros(0, dtype=torch.float64, device=device)
     last = -1.0
     while last < size:
-        gaps = torch.empty(few, dtype=torch.float64, device=device).geometric_(keep, generator=random)
+        even = torch.rand(few, dtype=torch.float64, device=device, generator=random)
+        gaps = even.log_().mul_(1 / math.log1p(-keep)).ceil_().clamp_(min=1)
         found = torch.cat([found, gaps.cumsum(0) + last])
         last = float(found[-1])
     return found[: int(torch.searchsorted(found, float(size)))].long()
@@ -152,7 +153,7 @@ class Quantiles:
 
     def of(self, values: Tensor) -> Tensor:
         """One number a parameter, (P,); `values` are those of the shards, flat."""
-        sample = values[self.places].abs_()
+        sample = values.index_select(0, self.places).abs_()
         if self.group is not None:
             whole = sample.new_zeros(len(self.here))
             whole[self.here] = sample
@@ -164,5 +165,5 @@ class Quantiles:
             rows = sample[start : start + len(members) * size].view(len(members), size)
             start += rows.numel()
             kept = max(1, round(self.keep * size))
-            found[members] = rows.kthvalue(size - kept + 1, dim=1).values
+            found[members] = rows.topk(kept, dim=1, sorted=False).values.amin(1)
         return found

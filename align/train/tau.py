@@ -82,10 +82,10 @@ class Tau:
             for name, shape in wanted.items():
                 found = weights.shape(name)
                 if found != shape:
-                    what = "no such weight" if found is None else f"{' × '.join(map(str, found))} numbers"
+                    what = "missing" if found is None else " × ".join(map(str, found))
                     raise ModelError(
-                        f"{role} {ref.name}: {name} is {' × '.join(map(str, shape))} in the model that is trained, and "
-                        f"there is {what}; give the {role} of the same architecture and vocabulary"
+                        f"{role} {ref.name}: {name} is {what} there, and {' × '.join(map(str, shape))} in the model "
+                        f"that is trained; give as {role} a model of the same architecture and vocabulary"
                     )
 
     def __call__(self, name: str) -> Any:

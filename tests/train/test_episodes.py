@@ -351,6 +351,18 @@ def test_constraints_that_a_model_wrote_programs_for_score_an_episode(tmp_path: 
     assert row["details"][0].startswith("1 of 1 functions say yes") and row["details"][3] == "truncated"
     assert row["scorer"] == "verifier" and row["outcome"] == "paired"
     assert row["pairs"][0]["chosen"] == 0
+    # AutoIF's judge beside the functions: it is shown the query and the constraint apart. Of two that pass, 9 beats 2.
+    settings = config(scorer="weighted", weights={"verifier": 1.0, "judge": 1.0}, judge_template="follow")
+    seen: list[str] = []
+
+    def judged(prompt: Prompt, index: int) -> str:
+        seen.append(str(prompt[0]["content"]))  # type: ignore[index]
+        return f"Score: {9 if 'SO 9' in seen[-1] else 2}"
+
+    judge = Judge(ScriptedEngine(judged), settings, 0)
+    (row,) = episode(rows, numbered("SO 2", "so", "SO 9", "SO"), settings, None, judge)
+    assert "Say so. In capitals." not in seen[0] and "Say so." in seen[0] and "In capitals." in seen[0]
+    assert row["scorer"] == "verifier+judge" and row["pairs"][0]["chosen"] == 2 and row["pairs"][0]["rejected"] == 1
 
 
 def test_under_all_the_gate_is_asked_about_every_pair() -> None:

@@ -94,17 +94,16 @@ def reward_of(model: Path, coef: float) -> ModelRef:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A careless policy, and four reward models.
+    """A careless policy, and three reward models.
 
-    `start` is the policy itself, `honest` was taught right answers, `refuser` to refuse whatever is asked. `longer` is
-    a language model whose weights are all 0: each token has the log-probability -log(vocabulary), so that the reward
-    is a number of tokens.
+    `honest` is the log-probability under the policy itself, to which right answers are more likely than wrong ones;
+    `refuser` that under a model that was taught to refuse whatever is asked. `longer` is a language model whose weights
+    are all 0: each token has the log-probability -log(vocabulary), so that the reward is a number of tokens.
     """
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "base")
     rows = requests(ROWS)
     policy = taught(folder / "policy", folder / "base", answers(rows, careless=0.3), 12)
-    honest = taught(folder / "honest", policy, answers(rows, careless=0.0), 3)
     refusals = [row | {"completion": said(REFUSAL)} for row in answers(rows, 0.0)]
     refuser = taught(folder / "refuser", policy, refusals, 3)
     longer = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -113,11 +112,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "longer").mkdir()
     longer.save_pretrained(folder / "longer" / "model")
     make_tokenizer().save_pretrained(folder / "longer" / "model")
-    shutil.copytree(policy, folder / "start" / "model")
+    shutil.copytree(policy, folder / "honest" / "model")
     return {
         "policy": policy,
-        "start": reward_of(folder / "start" / "model", 0.3),
-        "honest": reward_of(honest, 0.3),
+        "honest": reward_of(folder / "honest" / "model", 0.3),
         "refuser": reward_of(refuser, 0.3),
         "longer": reward_of(folder / "longer" / "model", -0.1),
         "prompts": steps.table(folder / "prompts.parquet", rows),
@@ -125,23 +123,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def run(
-    world: dict[str, Any], folder: Path, reward: str, second: str, prompts: Table | None = None, **settings: Any
+    world: dict[str, Any], folder: Path, reward: str, second: str = "", prompts: Table | None = None, **settings: Any
 ) -> tuple[dict[str, Any], steps.Silent]:
     given: dict[str, Table | ModelRef] = {
         "policy": steps.policy(world["policy"]),
         "prompts": prompts or world["prompts"],
         "reward_model": world[reward],
-        "second_reward_model": world[second],
     }
+    if second:
+        given["second_reward_model"] = world[second]
     return steps.run(STAGE, folder, given, ONLINE | settings)
 
 
 def test_an_honest_reward_is_never_rolled_back(world: dict[str, Any], tmp_path: Path) -> None:
-    """The samples get better from episode to episode, and no guard of the shipped thresholds says a word."""
-    summary, _ = run(world, tmp_path, "honest", "start")
-    first, second = summary["episodes"]
+    """The policy moves and stays as good: no guard of the shipped thresholds says a word."""
+    summary, _ = run(world, tmp_path, "honest")
     assert summary["rolled_back"] == [] and "warnings" not in summary
-    assert second["reward"] > first["reward"]
+    assert all(record["pairs"] > 0 and record["probe"]["kl"] > 0.1 for record in summary["episodes"])
     assert summary["heldout_end"] >= summary["heldout_start"]
 
 
@@ -156,7 +154,7 @@ def test_a_reward_for_refusals_is_caught_by_the_rate_of_help_and_the_run_ends_af
         assert not any("refusal of harmful requests" in reason for reason in record["rolled_back"])
         assert "while the reward that is trained on rose" in record["rolled_back"][-1]
         assert record["probe"]["harmful"] == 100.0
-    assert (first["stopped"], second["stopped"][:30]) == ("", "2 episodes in a row were rolled")
+    assert (first["stopped"], second["stopped"][:30]) == ("", "2 episodes in a row were rolle")
     assert [line for line in progress.said if line.startswith("ended after episode 2: 2 episodes in a row")]
     assert summary["warnings"][-1].startswith("ended after episode 2")
     one, two = (pq.read_table(path).to_pylist() for path in sorted((tmp_path / "episodes").glob("*.parquet")))

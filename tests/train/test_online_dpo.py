@@ -242,25 +242,3 @@ def test_without_a_dev_split_some_prompts_are_set_aside_and_never_trained_on(
     summary, _ = steps.run(STAGE, tmp_path / "online", given, QUICK | {"episodes": 1, "prompts_per_episode": 99})
     assert summary["probe_split"] == "train"
     assert len(episodes(tmp_path / "online")[0]) == 27  # 30 less the tenth set aside
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights_and_samples_no_episode_twice(
-    inputs: dict[str, Table | ModelRef], tmp_path: Path
-) -> None:
-    settings = QUICK | {"episodes": 3, "prompts_per_episode": 16, "global_batch_size": 2}
-    steps.run(STAGE, tmp_path / "whole", inputs, settings)
-    whole = steps.curves(tmp_path / "whole")
-    done = next(line["step"] for line in whole if line.get("episode") == 2 and "heldout/score" in line)
-    at_step = 3 * 16 * 6 + done + 1  # the samples of three episodes, and a step into the third
-    killed = tmp_path / "killed"
-    assert steps.run_and_kill("online-dpo", killed, inputs, settings, {}, at_step) == -9
-    times = [path.stat().st_mtime_ns for path in sorted((killed / "work" / "episodes").glob("*"))]
-    assert len(times) == 3  # the third was sampled and not trained to its end
-    _, progress = steps.run(STAGE, killed, inputs, settings)
-    assert times == [path.stat().st_mtime_ns for path in sorted((killed / "work" / "episodes").glob("*"))]
-    assert progress.count < 16 * 6
-    one, two = steps.weights(tmp_path / "whole"), steps.weights(killed)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert [line.get("loss") for line in steps.curves(killed)] == [line.get("loss") for line in whole]
-    assert episodes(killed) == episodes(tmp_path / "whole")
