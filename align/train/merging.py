@@ -108,7 +108,6 @@ class MergingAdamW(torch.optim.Optimizer):
     ) -> None:
         self.merging, self._tau = merging, tau
         self._parts: list[Part] = []
-        self._buffer = torch.empty(0)
         super().__init__(named, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
 
     @torch.no_grad()
@@ -159,22 +158,22 @@ class MergingAdamW(torch.optim.Optimizer):
     def _merge_step(self, part: Part) -> None:
         """Decay, then the merged step, on the weights."""
         weights, group = part.weights(), part.group
-        buffer, lr = self._buffer_of(part), group["lr"] * (1 - self.merging.alpha)
-        self._adamw(part, part.views(buffer), lr, 1 / lr)  # a decay of 1 / lr takes what lay in the buffer before
+        if len(part.moving()) < len(part.parameters):
+            part.buffer.zero_()  # AdamW passes by where there is no gradient
+        lr = group["lr"] * (1 - self.merging.alpha)
+        self._adamw(part, part.views, lr, 1 / lr)  # a decay of 1 / lr takes what lay in the buffer before
         if group["weight_decay"]:
             torch._foreach_mul_([weights[number] for number in part.moving()], 1 - group["lr"] * group["weight_decay"])
-        self._merge(part, weights, buffer)
+        self._merge(part, weights)
 
     def _merge_gathered(self, part: Part) -> None:
         """What AdamW has done since the last merge is taken back, and merged as one Delta."""
         weights, before = part.weights(), part.states("before")
-        buffer = self._buffer_of(part)
-        views = part.views(buffer)
-        torch._foreach_copy_(views, weights)
-        torch._foreach_sub_(views, before)
-        buffer.mul_(1 - self.merging.alpha)
+        torch._foreach_copy_(part.views, weights)
+        torch._foreach_sub_(part.views, before)
+        part.buffer.mul_(1 - self.merging.alpha)
         torch._foreach_copy_(weights, before)
-        self._merge(part, weights, buffer)
+        self._merge(part, weights)
         torch._foreach_copy_(before, weights)
 
     def _adamw(self, part: Part, targets: Sequence[Tensor], lr: float, weight_decay: float) -> None:
@@ -195,28 +194,18 @@ class MergingAdamW(torch.optim.Optimizer):
             weight_decay=weight_decay,
         )  # fmt: skip
 
-    def _merge(self, part: Part, weights: Sequence[Tensor], step: Tensor) -> None:
-        """weights += the merged step; `step` is the buffer with (1 - alpha) Delta."""
+    def _merge(self, part: Part, weights: list[Tensor]) -> None:
+        """weights += the merged step, where (1 - alpha) Delta lies in the buffer."""
         merging = self.merging
         if merging.method == "ondare":
-            part.add_drawn(weights, step, merging)
+            part.add_drawn(weights, merging)
             at, taught = part.taught(merging)
         else:
-            part.trim(step)
-            at, taught = part.elect(step, merging)
-            torch._foreach_add_(list(weights), part.views(step))
+            part.trim()
+            at, taught = part.elect(merging)
+            torch._foreach_add_(weights, part.views)
         if len(at):
             part.add_exactly(weights, at, taught)
-
-    def _buffer_of(self, part: Part) -> Tensor:
-        """As long as the part; all parts share one. What lies in it is finite, and has no meaning."""
-        if len(self._buffer) < part.layout.size or self._buffer.device != part.device:
-            most = max(each.layout.size for each in self._parts)
-            self._buffer = torch.zeros(most, device=part.device)
-        buffer = self._buffer[: part.layout.size]
-        if len(part.moving()) < len(part.parameters):
-            buffer.zero_()  # AdamW passes by where there is no gradient
-        return buffer
 
     def _all_parts(self) -> list[Part]:
         """Made at the first step."""
@@ -233,8 +222,11 @@ class MergingAdamW(torch.optim.Optimizer):
                     named.append((name, parameter))
                 if named:
                     self._parts.append(Part(named, number, group, self.merging))
-            if self.merging.method != "none" and self.merging.alpha:
-                for part in self._parts:
+            most = max(part.layout.size for part in self._parts)
+            shared = torch.zeros(most if self.merging.method != "none" else 0, device=self._parts[0].device)
+            for part in self._parts:
+                part.use(shared)
+                if self.merging.method != "none" and self.merging.alpha:
                     part.read_tau(self._tau, self.merging)
         return self._parts
 
@@ -249,6 +241,8 @@ class Part:
         tau: there, after F where they are fixed.
         low: what float32 rounds away of the weights there; None before the first merge, and after a load.
         own: each parameter's state.
+        buffer: see the module.
+        views: of it, in the parameters' shapes.
     """
 
     def __init__(
@@ -264,6 +258,8 @@ class Part:
         self.tau = torch.zeros(0, device=self.device)
         self.low: Tensor | None = None
         self.own: list[dict[str, Any]] = []
+        self.buffer = torch.zeros(0, device=self.device)
+        self.views: list[Tensor] = []
         self._kept_in: list[tuple[int, tuple[Tensor, ...]]] = []
         self.quantiles: Quantiles | None = None
         if merging.method == "onties" and merging.keep < 1:
@@ -303,10 +299,11 @@ class Part:
         if pairs:
             torch._foreach_copy_([local(model) for model, _ in pairs], [local(master) for _, master in pairs])
 
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """A buffer as tensors of the parameters' shapes."""
-        pieces = buffer.split_with_sizes(self.sizes)
-        return [piece.view(local(p).shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+    def use(self, shared: Tensor) -> None:
+        """Takes its buffer off a longer one that all parts share: what lies in it is finite, and has no meaning."""
+        self.buffer = shared[: self.layout.size]
+        pieces = self.buffer.split_with_sizes(self.sizes) if len(self.buffer) else []
+        self.views = [piece.view(local(p).shape) for piece, p in zip(pieces, self.parameters, strict=False)]
 
     def by_parameter(self, at: Tensor, *beside: Tensor) -> list[tuple[int, tuple[Tensor, ...]]]:
         """Places in order, and what goes with them, by the parameter's number; counted from each one's first."""
@@ -323,25 +320,25 @@ class Part:
         key = f"{merging.seed}/{self.names[0]}/{what}"
         return self.layout.mine(positions(key, self.layout.whole, merging.keep, self.device))[0]
 
-    def add_drawn(self, weights: Sequence[Tensor], step: Tensor, merging: Merging) -> None:
-        """weights += OnDARE's F of a step."""
+    def add_drawn(self, weights: list[Tensor], merging: Merging) -> None:
+        """weights += OnDARE's F of the buffer."""
         if merging.keep >= 1:
-            torch._foreach_add_(list(weights), self.views(step))
+            torch._foreach_add_(weights, self.views)
             return
         drawn = self.draw(f"step {self.group['steps']}", merging)
-        values = step.index_select(0, drawn)
+        values = self.buffer.index_select(0, drawn)
         if merging.as_in == "code":
             values /= merging.keep
         for number, (at, found) in self.by_parameter(drawn, values):
             weights[number].view(-1).index_add_(0, at, found)
 
-    def trim(self, step: Tensor) -> None:
-        """OnTIES's F: what is smaller than its tensor's threshold becomes 0; what is as large stays."""
+    def trim(self) -> None:
+        """OnTIES's F of the buffer: what is smaller than its tensor's threshold becomes 0; what is as large stays."""
         if self.quantiles is None:
             return
-        least = self.quantiles.of(step)
+        least = self.quantiles.of(self.buffer)
         below = torch.nextafter(least, torch.zeros_like(least)).tolist()
-        for piece, limit in zip(step.split_with_sizes(self.sizes), below, strict=True):
+        for piece, limit in zip(self.views, below, strict=True):
             torch.hardshrink(piece, limit, out=piece)
 
     # --- tau --------------------------------------------------------------------------------------------------------
@@ -350,7 +347,7 @@ class Part:
         """Takes each parameter's shard of it, and F of that where F is fixed."""
         if tau is None:
             raise ModelError("merging: there is no tau; give base and SFT, or set alpha to 0")
-        flat = torch.empty(self.layout.size, device=self.device)
+        flat = self.buffer
         for name, shard, piece in zip(self.names, self.layout.shards, flat.split_with_sizes(self.sizes), strict=True):
             whole = tau(name)
             if whole.numel() != shard.whole:
@@ -360,12 +357,12 @@ class Part:
                 )
             piece.copy_(shard.cut(whole))
         if self.redraws:
-            self.tau = flat
+            self.tau = flat.clone()
         elif merging.method == "ondare":
             self.kept = self.draw("tau", merging)
             self.tau = (flat[self.kept] / merging.keep).clamp_(-1, 1)
         else:
-            self.trim(flat)
+            self.trim()
             self.kept = flat.nonzero()[:, 0]
             self.tau = flat[self.kept]
 
@@ -377,17 +374,17 @@ class Part:
             tau = tau.index_select(0, at)
         return at, tau.double().mul_(merging.alpha)
 
-    def elect(self, step: Tensor, merging: Merging) -> tuple[Tensor, Tensor]:
-        """OnTIES: where signs conflict, the smaller one becomes 0, in the step or in what SFT has taught.
+    def elect(self, merging: Merging) -> tuple[Tensor, Tensor]:
+        """OnTIES: where signs conflict, the smaller one becomes 0, in the buffer or in what SFT has taught.
 
         Returns:
             See `taught`.
         """
-        a, b = step.index_select(0, self.kept).double(), self.tau.double()
+        a, b = self.buffer.index_select(0, self.kept).double(), self.tau.double()
         taught = merging.alpha * b
         mine, other = (a / (1 - merging.alpha), b) if merging.as_in == "code" else (a, taught)
         conflict, larger = mine * other < 0, mine.abs() >= other.abs()
-        step.index_copy_(0, self.kept, a.masked_fill_(conflict & ~larger, 0).float())
+        self.buffer.index_copy_(0, self.kept, a.masked_fill_(conflict & ~larger, 0).float())
         return self.kept, taught.masked_fill_(conflict & larger, 0)
 
     def add_exactly(self, weights: Sequence[Tensor], at: Tensor, values: Tensor) -> None:
