@@ -15,6 +15,7 @@ from pydantic import Field
 
 from align.core.engines.base import Completion, SamplingParams
 from align.core.errors import AlignError, DataError, ModelError, RecipeError
+from align.core.hub import check_model
 from align.core.records import Kind, Messages
 from align.core.stage import StageConfig
 from align.core.store import ModelRef
@@ -136,6 +137,7 @@ def chat(model: str, arguments: Sequence[str]) -> None:
             f"{model}: is a reward model, which gives scores and no answers; align score asks it, and align chat takes "
             "a policy"
         )
+    check_model(found.path)  # before torch is loaded
     from align.core.engines.transformers_engine import TransformersEngine
 
     path = "@".join(filter(None, (found.path, found.revision)))

@@ -316,6 +316,10 @@ def _stage_command(verb: str) -> Callable[..., None]:
                 from align.annotate.commands import run as run_annotation
 
                 run_annotation(given)
+            elif verb == "replay" and Path(given[0]).is_dir():
+                from align.replay import arguments_of
+
+                _run_stage(verb, arguments_of(Path(given[0]), given[1:]))
             else:
                 _run_stage(verb, given)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.core.errors import ModelError, RunError
+from align.core.hub import check_model
 from align.core.records import Kind, Messages
 from align.core.stage import StageConfig
 from align.core.store import ModelRef
@@ -73,6 +74,7 @@ def export(model: str, arguments: Sequence[str]) -> list[str]:
         raise RunError(f"{out}: is there already and not empty; give another out=, or remove it")
     token = hub_token() if config.push else ""
     found = ModelRef.find(model)
+    check_model(found.path)  # before torch is loaded
     told = write(found, out, config.dtype)
     if config.push:
         told.append(upload(out, config.push, config.private, config.message, token))

@@ -63,8 +63,8 @@ def forecasts(recipe: Recipe, planned: Sequence[Planned]) -> Iterator[Forecast]:
         if p.done is None and p.step.stage.asks is not None:
             asks = p.step.stage.asks(p.step.config)
             by_key = {key: asks[role_of(key)] for key in p.step.engines if role_of(key) in asks}
-            if not p.step.stage.engines:
-                by_key = dict(asks)
+            own = {*asks} - {*p.step.stage.engines} | ({*p.step.stage.served} - {*p.step.engines})
+            by_key |= {role: ask for role, ask in asks.items() if role in own}  # of what it trains
             engines = Counter(role_of(key) for key in by_key)
             by_key = {  # who reads a role's completions reads those of every engine in it
                 key: replace(ask, samples=ask.samples * max(engines[str(ask.reads)], 1)) for key, ask in by_key.items()

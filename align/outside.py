@@ -33,6 +33,9 @@ def check_outside(step: Step, problems: Problems) -> None:
     for engine in step.engines.values():
         if backend(engine.kind).local:
             _check_model(engine.model, Kind.MODEL, problems)
+    for role, name in step.stage.served.items():
+        if role in step.engines and name in step.inputs:
+            _check_served(step, role, name, problems)
     for name in step.speed.get("report_to", ()):
         if problem := missing(name):
             problems.add(("steps", step.name, "speed", "report_to"), f"{name}: {problem}")
@@ -48,6 +51,26 @@ def _check_model(source: Source, kind: Kind | tuple[Kind | None, ...] | None, pr
             open_model(source.spec, kind)
         except ModelError as problem:
             problems.add(source.at, str(problem))
+
+
+def _check_served(step: Step, role: str, name: str, problems: Problems) -> None:
+    """Notes an engine that was to take the weights of an input's model, and holds another one."""
+    engine, sources = step.engines[role], step.inputs[name]
+    if not backend(engine.kind).local or not sources:
+        return  # what a server holds can't be seen here
+    own, held = sources[0], engine.model
+    same = own.step == held.step
+    if same and own.step is None:
+        try:
+            same = open_model(own.spec, Kind.MODEL).fingerprint == open_model(held.spec, Kind.MODEL).fingerprint
+        except ModelError:
+            return  # told elsewhere
+    if not same:
+        problems.add(
+            ("steps", step.name, "engines", role),
+            f"its engine holds {held.step or held.spec}, and is to take the weights of the {name} "
+            f"{own.step or own.spec}; give it that model",
+        )
 
 
 def _check_data(source: Source, need: Need, problems: Problems) -> None:

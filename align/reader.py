@@ -65,6 +65,10 @@ class Reader:
             what = "1 or more was expected" if processes < 1 else f"{stage.name} runs in one process only"
             self.problems.add((*at, "processes"), f"{what}, found {processes}")
         inner = {key: mapping(raw, (*at, key), self.problems) for key in ("in", "with", "engines", "speed")}
+        if processes > 1 and inner["engines"]:
+            left_out = ", ".join(f"engines.{role}" for role in inner["engines"])
+            what = f"{processes} processes train, and an engine serves one; set it to 1, or leave out {left_out}"
+            self.problems.add((*at, "processes"), what)
         for key in stage.reads:
             if key in inner["with"]:
                 inner["with"] = {**inner["with"], key: self._located(inner["with"][key])}

@@ -99,6 +99,10 @@ TABLE: dict[str, tuple[str, str]] = {
     ),
     "dpo": ("align.train.dpo:STAGE", "prefer the chosen to the rejected (DPO on a fixed set of pairs)"),
     "online-dpo": ("align.train.online_dpo:STAGE", "sample, score, pair and train in episodes (online DPO)"),
+    "replay": (
+        "align.train.replay:STAGE",
+        "train again on the episodes of an online-dpo run, without sampling",
+    ),
     "evaluate": (
         "align.evaluate.evaluate:STAGE",
         "the verified score of a model on held-out prompts, by family, with 95% intervals",

@@ -26,11 +26,16 @@ class PairConfig(StageConfig):
     """Settings of `pair`."""
 
     strategy: Strategy = Field(
-        "max_min", description="max_min: a prompt's best against its worst (the Qwen2 report, 4.3); all: passed with "
-        "failed ones side by side, the shorter list cycled (IRPO, arXiv:2404.19733); random: one pair drawn, a control",
+        "max_min", description="max_min: a prompt's best against its worst (the Qwen2 report, 4.3); max_random: its "
+        "best against one drawn of the others (Zephyr, arXiv:2310.16944); all: passed with failed ones side by side, "
+        "the shorter list cycled (IRPO, arXiv:2404.19733), or, where no verifier spoke, any two with a margin; random: "
+        "one pair drawn, a control",
     )  # fmt: skip
     min_margin: float = Field(
         0.0, ge=0, description="least difference of the rewards; ties are dropped always, whatever this is"
+    )
+    missing_end_penalty: float = Field(
+        0.0, ge=0, description="taken off the reward of a completion that was cut off, so that it is the rejected one"
     )
     max_pairs: int = Field(10, ge=1, description="most pairs of one prompt under strategy=all; 10 is IRPO's K")
     chosen_passes: bool = Field(
@@ -76,7 +81,7 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
         else:
             rows = _with_answer(rows) if config.answers else rows
             pairs, of_prompt = make_pairs(
-                [scored(row, config.max_rejected) for row in rows],
+                [scored(row, config.max_rejected, config.missing_end_penalty) for row in rows],
                 config.strategy,
                 min_margin=config.min_margin,
                 max_pairs=config.max_pairs,
@@ -112,11 +117,12 @@ def _rows(config: PairConfig, table: Table, tools: Tools, summary: dict[str, Any
         )
 
 
-def scored(row: Row, max_rejected: float | None = None) -> Scored:
+def scored(row: Row, max_rejected: float | None = None, missing_end_penalty: float = 0.0) -> Scored:
     """A COMPLETIONS row as pairing sees it.
 
     A right answer that its stage doesn't keep (by a false equation, or a path that another one has) isn't chosen.
     """
+    cut_off = row.get("finish_reason") == "length"
     return Scored(
         text=message_text(row["completion"]),
         reward=row["reward"],
@@ -125,6 +131,7 @@ def scored(row: Row, max_rejected: float | None = None) -> Scored:
         choosable=row["verdict"] != "passed" or row.get("kept") is not False,
         runs=row.get("runs") is not False,
         rejectable=max_rejected is None or (row["reward"] is not None and row["reward"] <= max_rejected),
+        penalty=missing_end_penalty if cut_off else 0.0,
     )
 
 
@@ -167,6 +174,7 @@ _LOST = {
     "none_chosen": "prompt without a completion that may be chosen",
     "none_rejected": "prompt with no completion that may be rejected",
     "one_sided": "prompt with only winners or only losers",
+    "at_odds": "prompt whose failed completion has the higher reward",
     "dropped_error": "completion without a verdict",
     "dropped_identical": "completion with the text of another",
     "rejected_does_not_run": "pair whose rejected program does not run, past max_broken_share",
@@ -185,6 +193,7 @@ STAGE = Stage(
     needs={"completions": Need(Kind.COMPLETIONS, "scored completions, several of each prompt")},
     gives=Kind.PREFERENCES,
     run=run,
+    version=2,
     adds=(
         "chosen_reward", "rejected_reward", "generator", "rejected_generator", "chosen_index", "rejected_index",
         "source", "task", "family",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.core.chat import IGNORED, _for_templates, _tools
+from align.core.chat import IGNORED, _for_templates, tools_of
 from align.core.errors import DataError, ModelError
 from align.core.records import Messages
 from reward.batches import Encoded
@@ -65,7 +65,7 @@ def encode_as_trained(
                 "template that it was trained with (chat_template.jinja)"
             )
         return _as_pair(tokenizer, prompt, completion, name)
-    messages, schemas = _for_templates(name, [*prompt, *completion]), _tools(name, tools)
+    messages, schemas = _for_templates(name, [*prompt, *completion]), tools_of(name, tools)
     try:
         text = tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False)
     except Exception as problem:  # templates raise jinja2's errors, and through filters any other

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.core.errors import ModelError, RecipeError
+from align.core.hub import check_model, hub_problem
 
 Head = Literal["scalar", "logprob"]
 
@@ -46,11 +47,13 @@ def load_model(path: str, head: Head, dtype: str, revision: str | None = None, *
 
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     kind = AutoModelForSequenceClassification if head == "scalar" else AutoModelForCausalLM
+    check_model(path)
     try:
         base = path
         if is_adapter:
             adapter = PeftConfig.from_pretrained(path)
             base, revision = str(adapter.base_model_name_or_path), adapter.revision
+            check_model(base)
             adapter.task_type = None  # a policy's adapter fits under a scalar head as well
             if head == "scalar":
                 config.setdefault("num_labels", 1)
@@ -125,6 +128,8 @@ def find_file(path: str, name: str, revision: str | None = None) -> Path | None:
     """A file in a model's folder or Hub repository; None where there is none."""
     if Path(path).is_dir():
         return Path(path) / name if (Path(path) / name).is_file() else None
+    if hub_problem(path):
+        return None  # loading the weights will say so
     from transformers.utils import cached_file
 
     try:

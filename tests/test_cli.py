@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from io import StringIO
@@ -15,23 +14,19 @@ from rich.console import Console
 from align.core.manifest import Manifest
 from align.helptext import print_stage_help
 from align.stages import TABLE, load
+from tests import forked
 from tests.test_pipeline import ROOT, write
 
 
 def align(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `align` from a folder, with the project importable from anywhere."""
-    return subprocess.run(
-        [sys.executable, "-m", "align.cli", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", **environment},
-    )
+    """Runs `align` from a folder."""
+    return forked.align(*arguments, cwd=cwd, COLUMNS="160", **environment)
 
 
 def test_help_names_every_command_and_every_stage() -> None:
-    shown = align("--help").stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "align.cli", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     for word in ("run", "check", "status", "report", "trace", "recipes", "make-tiny", *TABLE):
         assert f" {word} " in shown, word
 

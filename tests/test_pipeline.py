@@ -19,6 +19,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from align.cli import main
 from align.core.errors import AlignError, DataError, RunError
 from align.core.manifest import Manifest
 from align.core.store import Table
@@ -28,6 +29,7 @@ from align.lock import holder, locked
 from align.pipeline import plan, run
 from align.plan import Recipe
 from align.recipe import load_recipe, load_stage
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -64,14 +66,11 @@ def sampled(folder: Path) -> Counter[str]:
     return Counter((folder / "log").read_text().splitlines())
 
 
-def start(file: Path, out: Path, *arguments: str, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "align.cli", "run", str(file), "--out", str(out), *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more
-    )
+def start(file: Path, out: Path, *arguments: str) -> forked.Forked:
+    return forked.start("run", file, "--out", out, *arguments, cwd=ROOT)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: forked.Forked | subprocess.Popen[str]) -> None:
     until = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -386,8 +385,10 @@ def test_a_full_disk_is_told_plainly_and_the_run_goes_on_after(tmp_path: Path) -
 
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        sys.argv = ["align", "run", str(file), "--out", str(out), "steps.make.with.count=30000"]
+        main()
 
-    process = start(file, out, "steps.make.with.count=30000", preexec_fn=small)
+    process = forked.Forked(small, ROOT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2, errors
     assert "Traceback" not in errors and "no space left" in errors and "make" in errors

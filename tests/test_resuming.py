@@ -17,6 +17,7 @@ import pytest
 
 from align.core.engines.completion_file import kept_in
 from align.core.manifest import Manifest
+from tests import forked
 from tests.e2e.command import jsonl
 from tests.test_pipeline import ROOT, lines, sampled, wait_for, write
 from tests.train.tiny import save_model
@@ -34,11 +35,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def align(*arguments: object, status: int = 0) -> str:
-    process = start(*arguments)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == status, out + errors
-    assert "Traceback" not in errors
-    return out + errors
+    done = forked.align(*arguments, cwd=ROOT, COLUMNS="200")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
 
 
 def descendants(pid: int) -> set[int]:

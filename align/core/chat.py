@@ -69,6 +69,46 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, tools: list[dict[str, Any]] | Non
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def row_prompt_ids(tokenizer: Any, row: Row) -> list[int]:
+    """See `prompt_ids`; of a row's prompt, with the row's `tools` where it has some.
+
+    Raises:
+        DataError: as there; or the tools are no JSON schemas.
+        ModelError: as there; or the template leaves the tools out.
+    """
+    name = f"prompt {row['prompt_id']}"
+    tools = tools_of(name, row.get("tools"))
+    ids = prompt_ids(tokenizer, row["prompt"], tools)
+    if tools and ids == prompt_ids(tokenizer, row["prompt"]):
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its chat template leaves out the tools that a row has ({name}), so the model "
+            "would not see them; take a template that shows them, or leave them out with columns: {tools: null}"
+        )
+    return ids
+
+
+def tools_of(name: str, given: Any) -> list[dict[str, Any]] | None:
+    """The tools of a row (its column `tools`): a list of JSON schemas, or that as JSON text; None where it has none.
+
+    Raises:
+        DataError: they are no such thing.
+    """
+    tools = given
+    if isinstance(given, str):
+        try:
+            tools = json.loads(given)
+        except ValueError:
+            tools = given or None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{name}: tools is {given!r:.60}; a list of JSON schemas was expected (or that as JSON text); where the "
+            "column means something else, leave it out with columns: {tools: null}"
+        )
+    return tools
+
+
 def encode_rows(tokenizer: Any, rows: Iterable[Row], all_turns: bool = False) -> Iterator[list[Tokens]]:
     """Each row's prompt and completion as a trainer feeds them: one sequence, or several where the template needs it.
 
@@ -99,7 +139,7 @@ def encode_rows(tokenizer: Any, rows: Iterable[Row], all_turns: bool = False) ->
             name = _name(row, number)
             messages = _for_templates(name, [*row["prompt"], *row["completion"]])
             first = 0 if all_turns else len(row["prompt"])
-            conversations.append(Conversation(name, messages, first, _tools(name, row.get("tools")), weighted=True))
+            conversations.append(Conversation(name, messages, first, tools_of(name, row.get("tools")), weighted=True))
         yield from _encode(tokenizer, conversations)
 
 
@@ -125,7 +165,7 @@ def encode_demonstrations(
             name = _name(row, number)
             messages = _for_templates(name, [*row["prompt"], *row["completion"]])
             first = 0 if all_turns else len(row["prompt"])
-            conversations.append(Conversation(name, messages, first, _tools(name, row.get("tools"))))
+            conversations.append(Conversation(name, messages, first, tools_of(name, row.get("tools"))))
         for conversation, sequences in zip(conversations, _encode(tokenizer, conversations), strict=True):
             if len(sequences) > 1:
                 raise DataError(
@@ -174,7 +214,7 @@ def encode_pairs(tokenizer: Any, rows: Iterable[Row]) -> Iterator[tuple[list[int
                         "demonstrations alone, so leave it out"
                     )
                 messages = _for_templates(name, [*row["prompt"], *row[side]])
-                tools = _tools(name, row.get("tools"))
+                tools = tools_of(name, row.get("tools"))
                 conversations.append(Conversation(name, messages, len(row["prompt"]), tools))
         encoded = _encode(tokenizer, conversations)
         for (chosen,) in encoded:
@@ -231,24 +271,6 @@ def _apart(tokenizer: Any, parts: Sequence[str]) -> list[list[int]]:
         found.append(tokenizer(part, add_special_tokens=False)["input_ids"] if alone else longer[len(ids) :])
         ids = ids + found[-1]
     return found
-
-
-def _tools(name: str, given: Any) -> list[dict[str, Any]] | None:
-    """The tools of a row, which may be JSON text."""
-    tools = given
-    if isinstance(given, str):
-        try:
-            tools = json.loads(given)
-        except ValueError:
-            tools = given or None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(
-            f"{name}: tools is {given!r:.60}; a list of JSON schemas was expected (or that as JSON text); where the "
-            "column means something else, leave it out with columns: {tools: null}"
-        )
-    return tools
 
 
 def _for_templates(name: str, messages: Messages) -> list[dict[str, Any]]:

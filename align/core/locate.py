@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from align.core.errors import DataError
+from align.core.hub import HUB_ID, hub_problem
 from align.core.readers import SUFFIXES, TEXTS, Record, count_records, read_records
 from align.core.records import Split
 
-_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _SPLIT_NAME = re.compile(r"(train(?:ing)?|dev|valid(?:ation)?|val|test|eval(?:uation)?)(?:[-_.\d].*)?")
 _NO_DATA = {"manifest.json", "metrics.jsonl", "dataset_infos.json", "dataset_info.json", "state.json"}
 
@@ -81,10 +81,11 @@ def locate(source: str, config: str | None, split: str | None, revision: str | N
         if not files:
             raise DataError(f"{source}: no file matches")
         parts = [Part(file.name, None, file) for file in files]
-    elif _HUB_ID.fullmatch(source) and path.suffix not in (*SUFFIXES, *TEXTS):
+    elif HUB_ID.fullmatch(source) and path.suffix not in (*SUFFIXES, *TEXTS):
         parts = _hub(source, config, revision)
     else:
-        raise DataError(f"{source}: no such file or folder{_near(path)}")
+        bare = "" if "/" in source else ", and it is no Hub id (owner/name)"
+        raise DataError(f"{source}: no such file or folder{bare}{_near(path)}")
     return _of_split(parts, source, split)
 
 
@@ -165,6 +166,8 @@ def _saved(path: Path) -> list[Part]:
 def _hub(source: str, config: str | None, revision: str | None) -> list[Part]:
     import datasets
 
+    if problem := hub_problem(source, data=True):
+        raise DataError(f"{source}: {problem}")
     try:
         found = datasets.load_dataset(source, config, revision=revision)
     except Exception as problem:  # the library raises its own, the Hub client's and Python's

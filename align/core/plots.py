@@ -18,10 +18,13 @@ MOST_POINTS = 240
 MOST_CHARTS = 8
 """Under one heading."""
 
-LEFT_OUT = frozenset({"step", "epoch", "tokens", "supervised_tokens", "num_tokens", "total_flos", "train_runtime"})
+LEFT_OUT = frozenset(
+    {"step", "epoch", "tokens", "supervised_tokens", "num_tokens", "total_flos", "train_runtime", "episode", "pairs",
+     "rolled_back"}
+)  # fmt: skip
 
-HEADINGS = ("Learning", "Preferences", "Machinery")
-"""In this order: what is minimised and what it is for, how it gets there, and what a debugger looks at."""
+HEADINGS = ("Learning", "Held out", "Preferences", "Machinery")
+"""In this order: what is minimised, what it is for, how it gets there, and what a debugger looks at."""
 
 WIDTH, HEIGHT = 230.0, 138.0
 """Of a small chart."""
@@ -41,7 +44,7 @@ text.end { text-anchor: end; } .tick { fill: #8b929c; font-size: 11px; } .title 
 .curve.chosen { stroke: #1a7f4b; } .curve-end.chosen, .key.chosen { fill: #1a7f4b; }
 .curve.rejected { stroke: #b3372f; } .curve-end.rejected, .key.rejected { fill: #b3372f; }
 .curve.pale { stroke: #8b929c; stroke-width: 1; opacity: .7; } .curve-end.pale, .key.pale { fill: #8b929c; }
-.band { fill: #0f6e6a; opacity: .15; } .dot { fill: #0f6e6a; }
+.band { fill: #0f6e6a; opacity: .15; } .dot { fill: #0f6e6a; } .undone { fill: none; stroke: #b3372f; }
 """
 
 
@@ -52,20 +55,26 @@ class Chart(NamedTuple):
         heading: one of `HEADINGS`.
         title: what is shown.
         series: points by name; the name is empty where there is one curve.
+        undone: points by name that a roll-back undid (online DPO): beside the curve, not of it.
     """
 
     heading: str
     title: str
     series: Mapping[str, Points]
+    undone: Mapping[str, Points] = {}
 
 
 def charts_of(lines: Sequence[Mapping[str, float]]) -> list[Chart]:
     """What the lines of metrics.jsonl hold, by heading: chosen beside rejected, and families, in one frame each."""
     found: dict[tuple[str, str], dict[str, Points]] = {}
+    undone: dict[tuple[str, str], dict[str, Points]] = {}
     for name in dict.fromkeys(name for line in lines for name in line if name not in LEFT_OUT):
-        points = [(float(line["step"]), float(line[name])) for line in lines if name in line]
-        points = [(x, y) for x, y in points if math.isfinite(y)]
-        if len(points) < 2:
+        known = [line for line in lines if name in line and math.isfinite(line[name])]
+        points, lost = (
+            [(float(line["step"]), float(line[name])) for line in known if bool(line.get("rolled_back")) is back]
+            for back in (False, True)
+        )
+        if len(known) < 2 or not points:
             continue
         if sides := _SIDES.fullmatch(name):
             title, series = sides["of"] + (sides["what"] or "").replace("_", " "), sides["side"]
@@ -74,14 +83,18 @@ def charts_of(lines: Sequence[Mapping[str, float]]) -> list[Chart]:
         else:
             title, series = name, ""
         found.setdefault((_heading(name), title), {})[series] = points
-    charts = [Chart(heading, title, series) for (heading, title), series in found.items()]
+        if lost:
+            undone.setdefault((_heading(name), title), {})[series] = lost
+    charts = [Chart(*key, series, undone.get(key, {})) for key, series in found.items()]
     return sorted(charts, key=lambda chart: (HEADINGS.index(chart.heading), chart.title != "loss"))
 
 
 def _heading(name: str) -> str:
+    if name.startswith("heldout/"):
+        return "Held out"
     if any(word in name for word in _MACHINERY):
         return "Machinery"
-    learning = "loss" in name or name.startswith(("heldout/", "eval")) or name in ("best_of_n", "mean_token_accuracy")
+    learning = "loss" in name or name.startswith("eval") or name in ("best_of_n", "mean_token_accuracy")
     return "Learning" if learning else "Preferences"
 
 
@@ -98,7 +111,7 @@ def curve_charts(lines: Sequence[Mapping[str, float]]) -> dict[str, list[Html]]:
 def curve_chart(chart: Chart) -> Html:
     """Its curves in one frame, the last point of each marked."""
     series = {name: _thinned(points) for name, points in chart.series.items()}
-    frame = _Frame.around(series.values())
+    frame = _Frame.around([*series.values(), *chart.undone.values()])
     parts: list[Child] = [frame.drawn(chart.title), *_keys([name for name in series if name])]
     told = []
     for name, points in series.items():
@@ -108,6 +121,12 @@ def curve_chart(chart: Chart) -> Html:
         parts.append(el("polyline", el("title", last), points=frame.line(points), class_=f"curve{kind}"))
         parts.append(el("circle", el("title", last), cx=f"{x:.1f}", cy=f"{y:.1f}", r=3, class_=f"curve-end{kind}"))
         told.append(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}".strip())
+    for name, points in chart.undone.items():
+        for step, value in points:
+            x, y = frame.place(step, value)
+            last = f"{name} {value:.5g} at step {step:g}, rolled back".strip()
+            parts.append(el("circle", el("title", last), cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.5, class_="undone"))
+            told.append(last)
     label = f"{chart.title} over optimizer steps, {'; '.join(told)}"
     return svg(WIDTH, HEIGHT, label, *parts, class_="chart small")
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -204,6 +205,10 @@ def can_be_flat(model: Any, precision: str = "fp32") -> bool:
     before = bare.config._attn_implementation
     if before not in ("sdpa", NAME):
         return False
+    if next(bare.parameters()).is_cuda and (precision != "bf16" or _varlen_kernel() is None):
+        return (
+            False  # segment by segment a GPU would wait for the next launch all the time: 2.1 times TRL's padded rows
+        )
     most = max(2, min(config.vocab_size, 1000))
     toy = [Tree([1 % most, 2 % most, 3 % most], [Branch([5 % most, 7 % most]), Branch([2 % most] * 4)])]
     toy += [Tree([4 % most] * 5, [Branch([3 % most, 6 % most])])]
@@ -285,10 +290,17 @@ def segment_attention(
     if kernel is not None and not dropout and query.shape[-1] <= 256:
         queries, keys, places, most_q, most_k = segments.lengths(query.device)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        key, value = key[0, :, places], value[0, :, places]
+        grouped = {}
+        if query.shape[1] != key.shape[0]:
+            if "enable_gqa" in signature(kernel).parameters:
+                grouped = {"enable_gqa": True}
+            else:  # torch before 2.12 takes as many heads of keys as of queries
+                each = query.shape[1] // key.shape[0]
+                key, value = (heads.repeat_interleave(each, 0) for heads in (key, value))
         out = kernel(
-            query[0].transpose(0, 1), key[0, :, places].transpose(0, 1), value[0, :, places].transpose(0, 1),
-            queries, keys, most_q, most_k, scale=scaling, window_size=window,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query[0].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), queries, keys, most_q, most_k,
+            scale=scaling, window_size=window, **grouped,
         )  # fmt: skip
         return out[None], None
     parts = []
@@ -314,12 +326,10 @@ def segment_attention(
 def _varlen_kernel() -> Any:
     """torch's attention over rows of unlike length, where this torch has it in the form that is called here."""
     try:
-        from inspect import signature
-
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= set(signature(varlen_attn).parameters) else None
+    return varlen_attn if "window_size" in signature(varlen_attn).parameters else None
 
 
 def _seen(tokens: int, before: int, window: int | None, device: str) -> Tensor:

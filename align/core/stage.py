@@ -155,6 +155,8 @@ class Stage:
             what to do where one is missing.
         adds: columns that it adds to those that come in or that the kind has.
         version: raised when the same settings would now give other rows.
+        served: roles whose engine, while the stage trains, takes the weights of the model input of that name: it must
+            hold that very model.
         asks: what it asks of each role, from its settings; None where it samples nothing or can't tell.
         trains: whether it may run in several processes (accelerate); every process calls `run`. Such a stage heeds
             `tools.rehearse`, or `align doctor` would train.
@@ -176,3 +178,4 @@ class Stage:
     asks: Callable[[Any], Mapping[str, Asks]] | None = None
     gives_as: str = ""
     trains: bool = False
+    served: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ traces a row back, `fingerprint` hashes content.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ SHIPPED = {"tiny": TINY, "tiny-writer": TINY.with_name("writer_model")}
 _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
 
-_HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w][\w.-]*(?:@[\w./-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w][\w.-]*(?:@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,19 @@ class ModelRef:
             raise ModelError(
                 f"{text}: the checkpoint that the package carries is missing from {folder}; reinstall the package"
             )
-        if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
-            raise ModelError(f"{text}: no such model folder, and it is no Hub id (owner/name, or owner/name@revision)")
+        if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text) or folder.parent.is_dir():
+            raise ModelError(
+                f"{text}: no such model folder, and it is no Hub id (owner/name, or owner/name@revision){_near(folder)}"
+            )
         path, _, revision = text.partition("@")
         return ModelRef(path, Kind.MODEL, name or text, f"{path}@{revision or 'main'}", revision or None)
+
+
+def _near(folder: Path) -> str:
+    """What may have been meant by a folder that isn't there: one beside it of nearly that name, or a shipped model."""
+    beside = [str(folder.parent / each.name) for each in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(str(folder), [*beside, *SHIPPED], n=1)
+    return f"; did you mean {close[0]}?" if close else f"; {', '.join(SHIPPED)} are shipped"
 
 
 _SPOKEN = {Kind.MODEL: "policy", Kind.REWARD_MODEL: "reward model"}

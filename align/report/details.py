@@ -16,7 +16,7 @@ LONGEST = 1500
 """Rows shown of a step, and characters of a text in them."""
 
 SHOWN_ELSEWHERE = frozenset(
-    {"scores", "by_family", "overall", "tags_before", "tags_after", "evaluations", "yield", "lost"}
+    {"scores", "by_family", "overall", "tags_before", "tags_after", "evaluations", "yield", "lost", "episodes"}
 )
 
 

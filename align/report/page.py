@@ -14,6 +14,7 @@ from align.core.plots import curve_charts
 from align.core.writer import replace_file
 from align.progress import duration
 from align.report.details import step_card
+from align.report.episodes import episode_table
 from align.report.graph import pipeline_picture
 from align.report.sections import ladder, reward_models, selection
 from align.report.source import Run, read_run
@@ -88,10 +89,12 @@ def _trainings(run: Run) -> Html | None:
     """The curves of every training, side by side under their headings."""
     parts: list[Child] = []
     for step in run.steps:
-        drawn = curve_charts(step.curves())
-        if drawn:
+        lines = step.curves()
+        drawn = curve_charts(lines)
+        episodes = episode_table(step.manifest.summary, lines) if step.manifest else None
+        if drawn or episodes:
             stage = el("span", f" {step.stage}", class_="stage") if step.stage != step.name else None
-            parts.append(el("h3", el("a", step.name, href=f"#step-{step.name}"), stage))
+            parts += [el("h3", el("a", step.name, href=f"#step-{step.name}"), stage), episodes]
         for heading, charts in drawn.items():
             parts.append(join(el("h4", heading), el("div", *charts, class_="curves")))
     return el("section", el("h2", "Training"), *parts, id="training") if parts else None

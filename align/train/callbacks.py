@@ -37,9 +37,8 @@ class Curves(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         behind = self.trainer.step
-        before = self.path.read_text().splitlines() if self.path.exists() and behind else []
-        kept = [json.loads(line) for line in before if line.endswith("}")]
-        self.lines = [line for line in kept if line["step"] <= behind]
+        before = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = self.trainer.lines_behind([json.loads(line) for line in before if line.endswith("}")])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         self.trackers = open_trackers(self.tools, self.trainer.settings.model_dump(), self.lines)

@@ -1,30 +1,42 @@
-"""One episode of online DPO: prompts chosen, completions sampled, scored, and the best set against the worst."""
+"""One episode of online DPO: prompts chosen, completions sampled, scored, and paired.
+
+    sample n completions of each prompt (of more prompts n/2, and the rest of those whose rewards vary most)
+    score them, and sample again where none is believed to be right
+    make one reward of what each part of the scorer gave, less penalties
+    pair; drop pairs that are too long
+
+Which prompts, which samples and which pairs depends on the seed, the episode and the weights alone: a run that was
+killed makes the same episode again, and processes that share the prompts make the same one together.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import numpy as np
 
-from align.core.chat import prompt_ids
+from align.core.chat import row_prompt_ids
 from align.core.engines.base import Completion, SamplingParams
 from align.core.errors import DataError
 from align.core.records import Row
 from align.core.stage import Progress
 from align.core.store import Table
-from align.train.online_settings import Config
-from align.train.scoring import Group, Scorer
+from align.core.text import stable_hash
+from align.train.grading import grade
+from align.train.online_settings import PARTS, Config
+from align.train.scoring import Gather, Group, Scorer
+from reward.pairs import fates
 
 
 def sample(
     engine: Any, rows: Sequence[Row], n: int, params: SamplingParams, tokenizer: Any, progress: Progress | None = None
 ) -> list[Group]:
     """n completions of each prompt."""
-    groups = [Group(row, prompt_ids(tokenizer, row["prompt"])) for row in rows]
+    groups = [Group(row, row_prompt_ids(tokenizer, row)) for row in rows]
     add_samples(engine, groups, n, params, progress)
     return groups
 
@@ -52,44 +64,99 @@ def episode_rows(
     episode: int,
     tokenizer: Any,
     progress: Progress | None = None,
+    gather: Gather = list,
 ) -> list[dict[str, Any]]:
-    """Samples, scores and pairs; one row a prompt, as the episode's file keeps it, whether it gave a pair or not."""
+    """Samples, scores and pairs; one row a prompt, as the episode's file keeps it, whether it gave a pair or not.
+
+    Args:
+        rows: the prompts, or this process's share of them.
+        gather: see `align.train.scoring.Gather`.
+    """
     params = sampling(config, seed + episode)
-    groups = sample(engine, rows, config.samples_per_prompt, params, tokenizer, progress)
+    n, most = config.samples_per_prompt, config.samples_per_prompt + config.resample
+    first = n // 2 if config.choose_from > 1 else n
+    groups = sample(engine, rows, first, params, tokenizer, progress)
     scorer.score(groups)
+    taken = groups
+    if config.choose_from > 1:
+        grade(groups, config, gather)
+        taken = most_varied(groups, config.choose_from, f"{seed}/{episode}", gather)
+        add_samples(engine, taken, n - first, params, progress)
+        scorer.score(taken)
     if config.resample:
-        again = [group for group in groups if group.scorer and not scorer.accepted(group)]
-        add_samples(engine, again, config.resample, params, progress)
+        again = [group for group in taken if group.scores and not scorer.accepted(group)]
+        add_samples(engine, again, most - n, params, progress)
         scorer.score(again)
-    found = []
-    for group in groups:
-        chosen, rejected, margin, outcome = scorer.pair(group, f"{seed}/{episode}/{group.row['prompt_id']}")
-        ids = [list(c.token_ids) for c in group.completions]
-        length = len(group.prompt_ids) + max(len(ids[chosen]), len(ids[rejected]))
-        if outcome == "paired" and length > config.max_length:
-            if config.too_long == "error":
-                raise DataError(
-                    f"prompt {group.row['prompt_id']}: its pair has {length} tokens, max_length is "
-                    f"{config.max_length}; raise it, lower max_tokens, or drop such pairs with too_long=drop"
-                )
-            outcome = "too_long"
-        paired = outcome == "paired"
-        found.append(
-            {
-                "episode": episode,
-                "prompt_id": group.row["prompt_id"],
-                "family": group.family,
-                "prompt_ids": group.prompt_ids,
-                "completion_ids": ids,
-                "rewards": [one.reward for one in group.scored],
-                "scorer": group.scorer,
-                "outcome": outcome,
-                "chosen_ids": ids[chosen] if paired else None,
-                "rejected_ids": ids[rejected] if paired else None,
-                "margin": margin if paired else None,
-            }
+    grade(taken, config, gather)
+    among = {id(group) for group in taken}
+    return [_row_of(group, scorer, config, seed, episode, id(group) in among) for group in groups]
+
+
+def most_varied(groups: Sequence[Group], choose_from: int, seed: str, gather: Gather = list) -> list[Group]:
+    """The groups whose rewards vary most, one of `choose_from`; their order stays.
+
+    Rewards of a verifier and of a reward model have different scales. So prompts compete with those alone that the
+    same parts scored, and each such kind keeps its share of the episode. Equal variances are decided by the seed.
+    """
+    mine = [(group.scorer, -_variance(group), stable_hash(f"{seed}/{group.row['prompt_id']}", 16)) for group in groups]
+    every = gather(mine)
+    kinds = Counter(scorer for scorer, _, _ in every if scorer)
+    chosen = set()
+    for kind, count in _shares(kinds, len(every) // choose_from).items():
+        chosen.update(sorted(one for one in every if one[0] == kind)[:count])
+    return [group for group, one in zip(groups, mine, strict=True) if one in chosen]
+
+
+def _variance(group: Group) -> float:
+    """Of the rewards as pairing sees them, errors apart; 0 where there are fewer than two."""
+    rewards = [one.net for one in group.scored if one.net is not None]
+    return pvariance(rewards) if len(rewards) > 1 else 0.0
+
+
+def _shares(counts: Counter[str], total: int) -> dict[str, int]:
+    """A total shared out in proportion to the counts, by largest remainders; at most the counts themselves."""
+    every = counts.total()
+    total = min(total, every)
+    shares = {kind: count * total // every for kind, count in counts.items()}
+    by_remainder = sorted(counts, key=lambda kind: (-(counts[kind] * total % every), kind))
+    for kind in by_remainder[: total - sum(shares.values())]:
+        shares[kind] += 1
+    return shares
+
+
+def _row_of(group: Group, scorer: Scorer, config: Config, seed: int, episode: int, taken: bool) -> dict[str, Any]:
+    """A prompt's row of the episode's file; its pairs still lack reference log-probabilities."""
+    pairs, outcome = scorer.pair(group, f"{seed}/{episode}/{group.row['prompt_id']}") if taken else ([], "not_taken")
+    ids = [list(c.token_ids) for c in group.completions]
+    lengths = [len(group.prompt_ids) + max(len(ids[pair.chosen]), len(ids[pair.rejected])) for pair in pairs]
+    fitting = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= config.max_length]
+    if len(fitting) < len(pairs) and config.too_long == "error":
+        raise DataError(
+            f"prompt {group.row['prompt_id']}: its pair has {max(lengths)} tokens, max_length is "
+            f"{config.max_length}; raise it, lower max_tokens, or drop such pairs with too_long=drop"
         )
-    return found
+    said = group.verdicts.get("verifier")
+    details = [[verdict.detail for verdict in verdicts] for verdicts in group.verdicts.values()]
+    return {
+        "episode": episode,
+        "prompt_id": group.row["prompt_id"],
+        "family": group.family,
+        "prompt_ids": group.prompt_ids,
+        "completion_ids": ids,
+        "finish_reasons": [c.finish_reason for c in group.completions],
+        "sampler_logps": [None if c.logprobs is None else sum(c.logprobs) for c in group.completions],
+        "verdicts": [None] * len(ids) if said is None else [verdict.verdict for verdict in said],
+        "details": ["; ".join(filter(None, each)) for each in zip(*details, strict=True)] or [""] * len(ids),
+        "scores": [
+            {part: group.scores[part][place] for part in PARTS if part in group.scores} for place in range(len(ids))
+        ],
+        "penalties": [one.penalty for one in group.scored],
+        "rewards": [one.net for one in group.scored],
+        "became": fates(group.scored, fitting) if taken and group.scores else [outcome] * len(ids),
+        "scorer": group.scorer,
+        "outcome": "too_long" if pairs and not fitting else outcome,
+        "pairs": [{"chosen": pair.chosen, "rejected": pair.rejected, "margin": pair.margin} for pair in fitting],
+    }
 
 
 def sampling(config: Config, seed: int, temperature: float | None = None) -> SamplingParams:
@@ -103,13 +170,15 @@ def sampling(config: Config, seed: int, temperature: float | None = None) -> Sam
     )
 
 
-def yields(rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
-    """How many prompts gave a pair, and why the others gave none."""
-    return Counter(row["outcome"] for row in rows)
+def samples_of(config: Config, prompts: int) -> int:
+    """Completions that an episode draws of so many prompts, what is sampled again apart."""
+    n = config.samples_per_prompt
+    first = n // 2 if config.choose_from > 1 else n
+    return prompts * first + prompts // config.choose_from * (n - first)
 
 
 class Prompts:
-    """Which prompts an episode takes: the train split's in a shuffled order, from the start again when all were used.
+    """Which prompts an episode looks at: the train split's, shuffled, and from the start again when all were used.
 
     The probe, on which the guards look after each episode, are prompts of the dev split; where there are none, some of
     the train split that are then never trained on.
@@ -127,11 +196,13 @@ class Prompts:
         if not len(train):
             raise DataError(f"{table.name}: no prompt of the train split to sample from")
         self.table, self.train, self.probes = table, train, dev[: config.probe_prompts]
-        self.size = min(config.prompts_per_episode, len(train))
+        # Of a small split fewer are taken, and not fewer looked at for each.
+        self.size = min(config.prompts_per_episode, max(1, len(train) // config.choose_from))
+        self.looked_at = min(self.size * config.choose_from, len(train))
 
     def of_episode(self, episode: int) -> list[Row]:
-        """The rows of one episode."""
-        places = np.arange(episode * self.size, (episode + 1) * self.size) % len(self.train)
+        """The rows of one episode; where some are chosen from them, all that are looked at."""
+        places = np.arange(episode * self.looked_at, (episode + 1) * self.looked_at) % len(self.train)
         return self._rows(self.train[places])
 
     def of_probe(self) -> list[Row]:
@@ -145,46 +216,3 @@ class Prompts:
             if number in place:
                 found[place[number]] = row
         return [found[i] for i in range(len(place))]
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """An episode's file, whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_schema()), part)
-    part.rename(path)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an episode's file."""
-    import pyarrow.parquet as pq
-
-    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return found
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    ids = pa.list_(pa.int32())
-    return pa.schema(
-        {
-            "episode": pa.int32(),
-            "policy_step": pa.int64(),
-            "prompt_id": pa.string(),
-            "family": pa.string(),
-            "prompt_ids": ids,
-            "completion_ids": pa.list_(ids),
-            "rewards": pa.list_(pa.float64()),
-            "scorer": pa.string(),
-            "outcome": pa.string(),
-            "chosen_ids": ids,
-            "rejected_ids": ids,
-            "margin": pa.float64(),
-            "ref_chosen_logps": pa.float32(),
-            "ref_rejected_logps": pa.float32(),
-        }
-    )

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from align.core.chat import end_of_turn_id
 from align.core.errors import ModelError, RecipeError, RunError
+from align.core.hub import check_model
 from align.core.rope import check_fits, stretch
 from align.core.store import ModelRef
 from align.train.adapters import adapter_of, save_adapters
@@ -30,6 +31,7 @@ def load_tokenizer(model: ModelRef) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_model(model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision or "main")
     except (OSError, ValueError) as problem:
@@ -73,6 +75,7 @@ def load_policy(model: ModelRef, speed: Speed, settings: TrainSettings | None = 
     more: dict[str, Any] = {"dtype": torch.float32 if adapters is not None else dtype}
     if settings is not None and settings.quantization == "nf4":
         more |= nf4(speed, model.name if adapters is not None else "")
+    check_model(base)
     try:
         config = AutoConfig.from_pretrained(base, revision=revision or "main")
         if settings is not None and settings.rope_scaling == "yarn":
@@ -144,6 +147,7 @@ def source_dtype(model: ModelRef) -> torch.dtype:
     adapters = adapter_of(model)
     if adapters is not None:
         return source_dtype(ModelRef(adapters.base_model_name_or_path, model.kind, "", "", adapters.revision))
+    check_model(model.path)
     dtype = AutoConfig.from_pretrained(model.path, revision=model.revision or "main").dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 

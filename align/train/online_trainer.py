@@ -1,8 +1,8 @@
 """The DPO trainer with an episode buffer: when it is empty, the policy is sampled from and its pairs are trained on.
 
-One optimizer and one schedule over all episodes. At each border between two episodes weights, optimizer and what was
-seen so far are written as one file: a killed run goes on from there, and an episode that a guard objects to is undone
-with it.
+One optimizer and one schedule over all episodes. What is behind is on disk (align/train/border.py): each completion as
+it comes, each episode's rows, weights and optimizer at every border between two episodes and every `save_every` steps
+in one. A killed run goes on from there, and an episode that a guard objects to is undone with it.
 """
 
 from __future__ import annotations
@@ -13,68 +13,93 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from align.core.engines.transformers_engine import TransformersEngine
-from align.core.errors import RunError
 from align.core.stage import Tools
+from align.train.border import Borders, load_weights
 from align.train.data import batch_order
-from align.train.episodes import Prompts, episode_rows, read_rows, write_rows, yields
-from align.train.guards import Probe, look, objections
+from align.train.episode_file import pairs_of, read_rows, record_of, set_reference, write_rows
+from align.train.guards import Probe, check_gap, end_of_run, look, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
+from align.train.samplers import Live, Sampler
 from align.train.scoring import Scorer
+from align.train.settings import Speed
+from align.train.share import Share
+from align.train.stale import Ahead
 from align.train.trainer import learning_rate_factor
 
 
 class OnlineDPO(DPO):
-    """Pairs come from the live policy, an episode at a time; sampled ids are trained as they are.
+    """Pairs come from the policy itself, an episode at a time; sampled ids are trained as they are.
 
     Not generated inside the DataLoader: that reads one batch ahead, which would be of the policy before.
+
+    Args:
+        share: this process's part of the sampling; None where nothing is sampled (align/train/replay.py).
+        reference: the frozen model; None where the policy holds it in itself, or nobody asks it.
+        sampler: another engine than the live model.
 
     Attributes:
         episode: how many are behind.
         records: what became of each, for the summary.
         kept: probes of the start and of every episode that stayed.
+        second: scores held-out answers by what nothing is trained on; see `guards.second_scorer`.
+        ahead: the second process, where samples are one episode stale.
     """
 
     settings: Config
     announces = False  # each episode says how many steps it has
 
     def __init__(
-        self, settings: Config, tools: Tools, prompts: Prompts, scorer: Scorer, reference: Any, **trl: Any
+        self,
+        settings: Config,
+        tools: Tools,
+        share: Share | None,
+        reference: Any,
+        sampler: Sampler | None = None,
+        **trl: Any,
     ) -> None:
         self.episode, self.steps_before, self.steps_here = 0, 0, 1
         self.records: list[dict[str, Any]] = []
         self.kept: list[Probe] = []
         self.queue: list[list[Mapping[str, Any]]] | None = None  # global batches; None between two episodes
         super().__init__(settings, tools, rows=1, **trl)
-        self.prompts, self.scorer = prompts, scorer
+        self.share: Any = share
+        self.second: Scorer | None = None
+        self.ahead: Ahead | None = None
         self.reference = None if reference is None else self.score_like_the_policy(reference)
-        self.engine = TransformersEngine(self.model, self.processing_class, fingerprint="live")
-        self.border = tools.work / "border.pt"
+        self.engine: Any = sampler
+        if sampler is None and share is not None:
+            self.engine = Live(self.model, self.processing_class, self.precision)
+        self.save_every = Speed.of(tools.speed).save_every
+        self.borders = Borders(tools.work / "border")
         self.began_at = 0  # step at which the episode began
+        self.weights_at = 0  # step after which the weights were what they were then; earlier after a roll-back
+        self.lines_before = 0
         self.begun = False
-        if self.border.exists():
-            self._read_record(torch.load(self.border, weights_only=True, map_location="cpu"))
+        if (border := self.borders.read()) is not None:
+            self._read_border(border)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         """The micro batches of the next optimizer step; between two episodes, what makes the next one."""
         if not self.begun:
             self._begin()
+        if self.ahead is not None:
+            self.ahead.listen()
         while not self.queue:
             if self.queue is not None:
                 self._close_episode()
-            stopped = bool(self.records) and self.records[-1]["stopped"]
+            stopped = bool(self.records) and bool(self.records[-1]["stopped"])
             if stopped or self.episode == self.settings.episodes:
                 self.control.should_training_stop = True
                 return [], None
             self._open_episode()
+        if self.step > self.began_at and self.step % self.save_every == 0:
+            self._keep_state()
         rows = self.queue.pop(0)
         size, world = self.args.per_device_train_batch_size, self.args.world_size
         mine = [rows[(i * world + self.args.process_index) * size :][:size] for i in range(num_batches)]
@@ -83,68 +108,79 @@ class OnlineDPO(DPO):
         return batches, None
 
     def _begin(self) -> None:
-        """The start's probe and the first border; or, after a kill, the last border."""
+        """The start's probe and the first border; or, after a kill, the newest state."""
         self.begun = True
-        if self.border.exists():
-            self._restore()
+        if self.borders.read() is None:
+            if self.ahead is not None:
+                self.ahead.begin()  # it has much to load, while this one looks
+            self._look_at_start()
+            self._keep_state()
+            self._write_border()
             return
-        self.kept.append(self._look())
-        self._say_probe(self.kept[0], {"episode": 0})
-        self._write_border()
+        self._restore(self.steps_before if self.steps_before > self.began_at else self.weights_at)
+        if self.accelerator.is_main_process and self.share is not None:  # the step's folder was emptied
+            for number in range(self.episode):
+                self._publish(number)
+
+    # --- one episode ------------------------------------------------------------------------------------------------
 
     def _open_episode(self) -> None:
-        """Samples, scores, pairs, computes reference log-probabilities, fills the queue."""
-        config, tools = self.settings, self.tools
-        path = tools.work / "episodes" / f"episode-{self.episode:03d}.parquet"
-        if not path.exists():
-            rows = self.prompts.of_episode(self.episode)
-            share = rows[self.args.process_index :: self.args.world_size]
-            what = f"samples, episode {self.episode + 1}/{config.episodes}"
-            tools.progress.start(len(share) * config.samples_per_prompt, what)
-            with self._sampling():
-                found = episode_rows(
-                    self.engine,
-                    share,
-                    self.scorer,
-                    config,
-                    tools.seed,
-                    self.episode,
-                    self.processing_class,
-                    tools.progress,
-                )
-            # In the prompts' order, whatever the number of processes.
-            order = {row["prompt_id"]: place for place, row in enumerate(rows)}
-            found = sorted(gather_object(found), key=lambda row: order[row["prompt_id"]])
-            pairs = [row for row in found if row["outcome"] == "paired"]
-            logps = self.reference_logps(pairs, self.reference)
-            for row, (chosen, rejected) in zip(pairs, logps.tolist(), strict=True):
-                row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            if self.accelerator.is_main_process:
-                write_rows(path, [row | {"policy_step": self.step} for row in found])
-            self.accelerator.wait_for_everyone()
-        found = read_rows(path)
-        if self.accelerator.is_main_process:
-            public = tools.out / "episodes" / path.name
-            public.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, public)
-        pairs = [row for row in found if row["outcome"] == "paired"]
-        self.queue = self._batches(pairs)
-        self.began_at, self.steps_here = self.step, max(1, len(self.queue))
-        rewards = [r for row in found for r in row["rewards"] if r is not None]
-        lengths = [len(ids) for row in found for ids in row["completion_ids"]]
-        self.record = {
-            "episode": self.episode + 1,
-            "prompts": len(found),
-            "pairs": len(pairs),
-            "outcomes": dict(yields(found)),
-            "steps": len(self.queue),
-            "reward": float(np.mean(rewards)) if rewards else None,
-            "length": float(np.mean(lengths)) if lengths else None,
-        }
+        """Has the episode's rows sampled, scored and paired where they aren't yet, and fills the queue."""
+        began = time.monotonic()
+        found = self._rows()
+        self.queue = self._batches(pairs_of(found))
+        self.steps_here = max(1, len(self.queue))
+        self.record = {"episode": self.episode + 1} | record_of(found) | {"steps": len(self.queue)}
+        self.record["seconds"] = {"samples": time.monotonic() - began}
+        behind = self.step - self.began_at  # by a process that was killed
+        del self.queue[:behind]
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._factor(0)
-        tools.progress.start(len(self.queue), f"steps, episode {self.episode + 1}/{config.episodes}")
-        self.curves.since = time.monotonic()  # sampling is no part of a step
+            group["lr"] = group["initial_lr"] * self._factor(behind)
+        self.tools.progress.start(self.record["steps"], f"steps, episode {self.episode + 1}/{self.settings.episodes}")
+        if behind:
+            self.tools.progress.advance(behind)
+        self.opened = self.curves.since = time.monotonic()  # sampling is no part of a step
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The episode's rows, from its file; which is written first where it isn't there."""
+        path = self.tools.work / "episodes" / f"episode-{self.episode:03d}.parquet"
+        if not path.exists():
+            if self.ahead is not None:
+                mine = self.ahead.rows(self.episode, self.weights_at)
+            else:
+                with self._sampling():
+                    mine = self.share.rows(self.engine, self.episode, self.weights_at)
+            found = self.share.in_order(gather_object(mine), self.episode)
+            self._set_reference(found)
+            if self.accelerator.is_main_process:
+                write_rows(path, found)
+            self.accelerator.wait_for_everyone()
+            self.share.forget(self.episode)
+        if self.ahead is not None and self.episode + 1 < self.settings.episodes:
+            self.ahead.ask(self.episode + 1, self.weights_at)
+        if self.accelerator.is_main_process:
+            self._publish(self.episode)
+        return read_rows(path)
+
+    def _set_reference(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the reference's log-probabilities into the pairs of the rows."""
+        pairs = pairs_of(rows)
+        if self.settings.reference_at == "episode":
+            set_reference(rows, self.policy_logps(pairs))
+        else:
+            set_reference(rows, self.reference_logps(pairs, self.reference))
+
+    def at_reference(self) -> bool:
+        """Whether the policy is the reference before this step: the start's, or the episode's."""
+        if self.settings.reference_at == "episode":
+            return self.step == self.began_at
+        return super().at_reference()
+
+    def _publish(self, number: int) -> None:
+        """An episode's rows into the step's result."""
+        name = f"episodes/episode-{number:03d}.parquet"
+        (self.tools.out / "episodes").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.tools.work / name, self.tools.out / name)
 
     def _batches(self, pairs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
         """Whole global batches; pairs too few for one are repeated in it."""
@@ -159,90 +195,129 @@ class OnlineDPO(DPO):
 
     def _close_episode(self) -> None:
         """Looks at the policy; keeps the episode or rolls it back; writes the border."""
-        probe = self._look()
+        if self.step > self.began_at:
+            self._keep_state()
+        self.record["seconds"]["steps"] = time.monotonic() - self.opened
         lines = [line for line in self.curves.lines if "loss" in line and line["step"] > self.began_at]
         late = [line["logps/chosen_change"] for line in lines[-max(1, len(lines) // 4) :]]
         change = sum(late) / len(late) if late else 0.0
-        found = broadcast_object_list([objections(self.settings, self.kept, probe, change)])[0]
-        self.record |= {"chosen_logp_change": change, "probe": asdict(probe), "rolled_back": found}
-        self.record["stopped"] = bool(found) and self.settings.after_rollback == "stop"
-        self._say_probe(probe, {"episode": self.episode + 1, "pairs": self.record["pairs"]})
+        self.record["chosen_logp_change"] = change
+        found = broadcast_object_list([self._objections(change)])[0]
+        self.record["rolled_back"] = found
+        self.record["stopped"] = end_of_run(self.settings, [*(r["rolled_back"] for r in self.records), found])
+        self.records.append(self.record)
         if found:
             self.tools.progress.say(f"episode {self.episode + 1} rolled back: {'; '.join(found)}")
-            self._restore()
-        else:
-            self.kept.append(probe)
-        self.records.append(self.record)
-        self.episode, self.queue = self.episode + 1, None
+            self._restore(self.weights_at)
+        elif self.step > self.began_at:
+            self.weights_at = self.step
+        if self.record["stopped"]:
+            self.tools.progress.say(f"ended after episode {self.episode + 1}: {self.record['stopped']}")
+        elif self.ahead is not None and self.episode + 1 < self.settings.episodes:
+            self.ahead.wait(self.episode + 1)  # its samples are of the weights that now go
+        self.episode, self.queue, self.began_at = self.episode + 1, None, self.step
         self._write_border()
+
+    # --- the guards -------------------------------------------------------------------------------------------------
+
+    def _look_at_start(self) -> None:
+        self.kept.append(self._look())
+        self._say_probe(self.kept[0], {"episode": 0})
+
+    def _objections(self, chosen_change: float) -> list[str]:
+        """Looks at the policy after an episode. Why it should be rolled back; none where it may stay."""
+        began = time.monotonic()
+        probe = self._look()
+        found = objections(self.settings, self.kept, probe, chosen_change)
+        line = {"episode": self.episode + 1, "pairs": self.record["pairs"]}
+        self._say_probe(probe, line | {"rolled_back": float(bool(found))})
+        self.record["probe"] = probe.means()
+        self.record["seconds"]["look"] = time.monotonic() - began
+        if not found:
+            self.kept.append(probe)
+        return found
 
     def _look(self) -> Probe:
         """See `guards.look`; a sampler that disagrees with the trainer stops the run."""
-        rows = self.prompts.of_probe()
+        rows, scorer, seed = self.share.prompts.of_probe(), self.share.scorer, self.tools.seed
         with self._sampling():
-            probe = look(self.engine, self, self.reference, rows, self.scorer, self.settings, self.tools.seed)
-        if not probe.gap <= self.settings.max_sampler_gap:
-            raise RunError(
-                f"sampler and trainer disagree by {probe.gap:.3g} nats a token, more than max_sampler_gap "
-                f"{self.settings.max_sampler_gap:g}: pairs would not be of the policy that is trained; sample in the "
-                "trainer's precision, or allow more"
-            )
+            probe = look(self.engine, self, self.reference, rows, scorer, self.settings, seed, self.second)
+        check_gap(self.settings, probe)
         return probe
 
     def _say_probe(self, probe: Probe, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.curves.write({"step": self.step} | line | probe.figures())
             score = "" if probe.score is None else f"held-out score {probe.score:.1f}, "
+            gap = "" if probe.gap is None else f", gap {probe.gap:.1e}"
             self.tools.progress.say(
-                f"episode {line['episode']}: {score}length {probe.length:.0f}, KL {probe.kl:.2f}, gap {probe.gap:.1e}"
+                f"episode {line['episode']}: {score}length {probe.length:.0f}, KL {probe.kl:.2f}{gap}"
             )
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """The model as it is for sampling: no dropout, no checkpointing of activations."""
+        """The model as it is for sampling, no dropout, no checkpointing of activations; and its weights in the sampler.
+
+        A roll-back brings other weights under the same step.
+        """
         training = self.model.training
         self.model.eval()
         try:
+            self.engine.take(self.model, self.step)
             yield
         finally:
+            self.engine.rest()
             self.model.train(training)
 
-    # --- the border between two episodes ----------------------------------------------------------------------------
+    # --- what is on disk --------------------------------------------------------------------------------------------
+
+    def _keep_state(self) -> None:
+        """Weights and optimizer as they are after this step."""
+        if self.accelerator.is_main_process:
+            weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            lines = len(self.curves.lines)
+            self.borders.keep(self.step, {"weights": weights, "optimizer": self.optimizer.state_dict(), "lines": lines})
+        self.accelerator.wait_for_everyone()
 
     def _write_border(self) -> None:
         if self.accelerator.is_main_process:
-            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-            border = {
-                "weights": trained,
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "episode": self.episode,
-                "records": self.records,
-                "kept": [asdict(probe) for probe in self.kept],
-            }
-            part = Path(f"{self.border}.part")
-            torch.save(border, part)
-            part.rename(self.border)
+            self.borders.write(
+                {
+                    "episode": self.episode,
+                    "step": self.step,
+                    "weights": self.weights_at,
+                    "lines": len(self.curves.lines),
+                    "records": self.records,
+                    "kept": [asdict(probe) for probe in self.kept],
+                }
+            )
         self.accelerator.wait_for_everyone()
 
-    def _restore(self) -> None:
-        """Weights and optimizer as they were at the last border."""
-        border = torch.load(self.border, weights_only=True, map_location="cpu")
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in border["weights"].items():
-                parameters[name].copy_(tensor)
-        self.optimizer.load_state_dict(border["optimizer"])
-
-    def _read_record(self, border: Mapping[str, Any]) -> None:
+    def _read_border(self, border: Mapping[str, Any]) -> None:
         """What a process that goes on after a kill must know."""
-        self.steps_before, self.episode, self.records = border["step"], border["episode"], border["records"]
+        self.episode, self.records = border["episode"], border["records"]
         self.kept = [Probe(**probe) for probe in border["kept"]]
+        self.began_at, self.weights_at, self.lines_before = border["step"], border["weights"], border["lines"]
+        self.steps_before = max(self.began_at, self.borders.newest())
+        if self.steps_before > self.began_at:
+            self.lines_before = self.borders.state(self.steps_before)["lines"]
+
+    def _restore(self, step: int) -> None:
+        """Weights and optimizer as they were kept after a step."""
+        state = self.borders.state(step)
+        load_weights(self.model, state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    # --- where it is ------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
         """Optimizer steps that are behind, those of a killed process included."""
         return self.steps_before + int(self.state.global_step)
+
+    def lines_behind(self, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As many as there were: an episode's last step and the look after it have one number."""
+        return list(lines[: self.lines_before])
 
     def place(self) -> dict[str, float]:
         """Where the training is, for the curves."""
@@ -253,6 +328,10 @@ class OnlineDPO(DPO):
         return (self.episode + min(1.0, (self.steps_before + step - self.began_at) / self.steps_here)) / (
             self.settings.episodes
         )
+
+    def _get_learning_rate(self) -> float:
+        """The one that is used: the scheduler knows nothing of where an episode begins, or a process went on."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _factor(self, step_here: int) -> float:
         where = (self.episode + min(1.0, (step_here + 0.5) / self.steps_here)) / self.settings.episodes

@@ -202,7 +202,7 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
             rejected_tokens=tokens[:, 1],
             mean_tokens=self.mean_tokens,
         )
-        if self.starts_at_reference and self.step == 0:
+        if self.at_reference():
             self._check_margins(logps.detach(), reference, tokens)
         found = terms(pairs, self.settings)
         loss = torch.stack([weight * value for weight, value in found.values()]).sum()
@@ -251,8 +251,12 @@ class DPO(OurTrainer, DPOTrainer):  # type: ignore[misc]
         self._seen.clear()
         super().log(logs, start_time)
 
+    def at_reference(self) -> bool:
+        """Whether the policy is the reference before this step."""
+        return self.starts_at_reference and self.step == 0
+
     def _check_margins(self, logps: Tensor, reference: Tensor, tokens: Tensor) -> None:
-        """Before the first step policy and reference are one model, so all log-ratios must be 0 up to rounding."""
+        """Where policy and reference are one model all log-ratios must be 0 up to rounding."""
         apart = ((logps - reference).abs() / tokens).max().item()
         if not apart <= SAME[self.precision]:
             kept = (self.tools.cache or self.tools.work) / "reference"

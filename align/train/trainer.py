@@ -201,6 +201,10 @@ class OurTrainer:
         load: torch.Tensor = counts[:-1] / counts[-1]
         return load
 
+    def lines_behind(self, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Which lines of the curves are behind, of those that an earlier attempt has left."""
+        return [line for line in lines if line["step"] <= self.step] if self.step else []
+
     def place(self) -> dict[str, float]:
         """Where the training is, for the curves."""
         return {"step": self.step, "epoch": round(self.step * self.settings.global_batch_size / self.rows, 4)}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from align.core.errors import RecipeError
 from align.core.manifest import Manifest
 from align.core.records import COLUMNS, Kind
+from align.core.store import SHIPPED
 from align.recipe import load_recipe
+from reward.loading import template_hash
+from reward.model import Card
 from tests.e2e.command import align, jsonl, manifest, refused, rows
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -68,6 +73,35 @@ def test_the_recipes_follow_each_other_from_sft_by_a_reward_model_to_online_dpo(
                *with_settings("before", "split=all", "max_tokens=8"),
                *with_settings("after", "split=all", "max_tokens=8"))  # fmt: skip
     assert done["online"].summary["steps"] >= 1
+    assert done["after"].engines["policy"].name == "online"
+
+
+@pytest.mark.slow
+def test_qwen2_online_yaml_runs_from_its_prompts_to_the_evaluation_with_tiny_models(tmp_path: Path) -> None:
+    """Every setting of the recipe but the sizes; the merging optimizer and the second reward model with it."""
+    for name, coef in (("first", 0.3), ("second", 0.1)):  # the policy's own likelihood stands for a reward model
+        shutil.copytree(SHIPPED["tiny"], tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        Card("logprob", coef, None, "tiny", template_hash(tokenizer)).write(tmp_path / name)
+    kinds = {"math": "math", "code": "code", "general": "format", "benign": "benign", "harmful": "harmful"}
+    sources = [
+        f"steps.{step}.with.source={json.dumps({'tiny': {'families': {family: 12}, 'seed': 41, 'answers': True}})}"
+        for step, family in kinds.items()
+    ]
+    held_out = {"tiny": {"families": {"math": 4}, "split": "test", "seed": 42}}
+    none = jsonl(tmp_path / "none.jsonl", [{"prompt": "Copy these words: sun, sea."}])
+    done = run("qwen2_online", tmp_path / "run", "engines.policy=tiny", *sources,
+               *(f"steps.{step}.with.reference_from=null" for step in ("math", "code", "heldout")),
+               *(f"steps.{step}.with.dev=0.3" for step in kinds), *with_settings("general", "deduplicate=exact"),
+               f"steps.heldout.with.source={json.dumps(held_out)}", f'steps.clean.with.against=["{none}"]',
+               f"steps.online.in.reward_model={tmp_path / 'first'}", "steps.online.in.base=tiny-writer",
+               f"steps.online.in.second_reward_model={tmp_path / 'second'}", "steps.after.engines.policy=step:online",
+               *with_settings("online", *QUICK, "max_length=256", "episodes=1", "prompts_per_episode=8",
+                              "samples_per_prompt=4", "max_tokens=32", "probe_prompts=12"),
+               *with_settings("before", "max_tokens=16"), *with_settings("after", "max_tokens=16"))  # fmt: skip
+    probe = done["online"].summary["episodes"][0]["probe"]
+    assert {"score", "benign", "harmful", "reward", "second_reward", "length", "kl", "gap"} <= set(probe)
+    assert done["online"].settings["merging"] == "ondare"
     assert done["after"].engines["policy"].name == "online"
 
 

@@ -269,13 +269,38 @@ def test_chosen_and_rejected_and_families_share_a_frame_and_machinery_comes_last
     lines = [{"step": step, **dict.fromkeys(names, float(step))} for step in (1, 2)]
     assert [(chart.heading, chart.title, list(chart.series)) for chart in charts_of(lines)] == [
         ("Learning", "loss", [""]),
-        ("Learning", "heldout/score", [""]),
-        ("Learning", "heldout/score by family", ["math", "tag"]),
+        ("Held out", "heldout/score", [""]),
+        ("Held out", "heldout/score by family", ["math", "tag"]),
         ("Preferences", "logps change", ["chosen", "rejected"]),
         ("Preferences", "reward", ["better", "worse"]),
         ("Preferences", "kl", [""]),
         ("Machinery", "grad_norm", [""]),
     ]
+
+
+def test_what_a_roll_back_undid_stands_beside_the_curve(tmp_path: Path) -> None:
+    """The frame runs from step 0 (x = 44) to 20 (x = 220), and from 20 (y = 116) to 60 (y = 26)."""
+    looks = [
+        {"step": 0, "episode": 0, "heldout/score": 50.0},
+        {"step": 10, "episode": 1, "pairs": 9, "rolled_back": 1.0, "heldout/score": 20.0},
+        {"step": 20, "episode": 2, "pairs": 9, "rolled_back": 0.0, "heldout/score": 60.0},
+    ]
+    assert [chart.title for chart in charts_of(looks)] == ["heldout/score"]
+    (chart,) = curve_charts(looks)["Held out"]
+    assert 'points="44.0,48.5 220.0,26.0"' in chart
+    assert '<circle cx="132.0" cy="116.0" r="3.5" class="undone"><title>20 at step 10, rolled back</title>' in chart
+
+    record = {"prompts": 8, "pairs": 9, "reward": -1.25, "length": 17.0, "probe": {"score": 20.0, "kl": 0.5}}
+    why = ["the held-out score fell from 50 to 20"]
+    bad = record | {"episode": 1, "rolled_back": why, "stopped": ""}
+    good = record | {"episode": 2, "rolled_back": [], "stopped": ""}
+    run = Builder(tmp_path)
+    run.step("online", "online-dpo", summary={"episodes": [bad, good]})
+    page = write_report(run.finish()).read_text()
+    section = page[page.index('id="training"') : page.index('id="steps"')]
+    assert section.count(">kept<") == section.count(">rolled back<") == 1
+    assert f"<b>episode 1</b>: {why[0]}" in section
+    assert "held-out score" in section and "benign help" not in section  # nothing harmful was asked
 
 
 def test_markup_comes_from_elements_alone() -> None:

@@ -27,6 +27,7 @@ from align.core.sandbox.toolchains import FINDERS, MissingToolchain, Toolchains,
 from reward.code_programs import FENCES
 from reward.code_tests import CodeVerifier, _verify, extract_code
 from tests.core.sandbox.places import ROOT, run_python, slot_or_skip
+from tests.e2e.command import align, manifest
 from tests.reward.programs import BROKEN, HUNGRY, INCLUDING, SPIES, SUM, WIDE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux")
@@ -440,11 +441,7 @@ def test_align_verify_takes_a_language_and_says_which_toolchain_ran(tmp_path: Pa
         reference = {"io": IO, "language": language}
         lines.append({"task": "code", "prompt": "Add.", "completion": text, "reference": reference})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = subprocess.run(
-        [sys.executable, "-m", "align.cli", "verify", "data=rows.jsonl", "out=checked", "compile_cpu_s=9"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "checked" / "manifest.json").read_text())["summary"]
+    align("verify", f"data={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'checked'}", "compile_cpu_s=9")
+    summary = manifest(tmp_path / "checked").summary
     assert summary["verdicts"] == {"code": {"passed": 2, "error": 1}}
     assert list(summary["sandbox"]["toolchains"]) == ["javascript"]

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +17,7 @@ from align.core.engines.completion_file import kept_in
 from align.core.engines.scripted import ScriptedEngine
 from align.core.manifest import Manifest
 from align.core.store import Table
+from tests import forked
 from tests.e2e.command import align, jsonl, manifest, refused, rows
 from tests.reward.judges import blocks
 from tests.reward.test_judged import run
@@ -81,10 +80,10 @@ def test_a_judging_that_is_killed_goes_on_and_pays_for_nothing_twice(tmp_path: P
     """
     data, log, out = jsonl(tmp_path / "rows.jsonl", some_rows(60)), tmp_path / "log", tmp_path / "out"
     judge = f"{LONGER[:-1]}, delay_s: 0.03, log: {log}}}"
-    command = [sys.executable, "-m", "align.cli", "verify", f"data={data}", f"judge={judge}", f"out={out}"]
+    command = ["verify", f"data={data}", f"judge={judge}", f"out={out}"]
     cache = out / "work" / "completions-judge"
     for least in (20, 90):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = forked.start(*command, cwd=ROOT)
         until = time.monotonic() + 120
         while not cache.exists() or kept_in(cache)[0] < least:
             assert process.poll() is None and time.monotonic() < until, process.communicate()
@@ -92,7 +91,7 @@ def test_a_judging_that_is_killed_goes_on_and_pays_for_nothing_twice(tmp_path: P
         process.kill()
         process.communicate()
         assert Manifest.read(out) is None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.align(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     said = Counter(log.read_text().splitlines())
     assert len(said) == 125 and said.total() - len(said) <= 2

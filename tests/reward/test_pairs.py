@@ -1,11 +1,13 @@
-from reward.pairs import Pair, Scored, Strategy, make_pairs
+from typing import Any
+
+from reward.pairs import Pair, Scored, Strategy, fates, make_pairs
 
 
-def passed(text: str, reward: float = 1.0, **more: bool) -> Scored:
+def passed(text: str, reward: float = 1.0, **more: Any) -> Scored:
     return Scored(text, reward, "passed", **more)
 
 
-def failed(text: str, reward: float = 0.0, **more: bool) -> Scored:
+def failed(text: str, reward: float = 0.0, **more: Any) -> Scored:
     return Scored(text, reward, "failed", **more)
 
 
@@ -107,3 +109,56 @@ def test_the_seed_decides_between_equal_rewards_and_the_same_seed_decides_the_sa
 def test_one_completion_or_none_gives_no_pair() -> None:
     assert make_pairs([])[1] == {"too_few": 1}
     assert make_pairs([passed("a")])[1] == {"too_few": 1}
+
+
+def test_max_random_sets_the_best_against_any_that_it_beats_by_enough() -> None:
+    """Rewards 3, 2.9, 1, 0 and a least margin of 0.5: the best is always 0, and 1 is too near to it."""
+    scored = [Scored("a", 3.0), Scored("b", 2.9), Scored("c", 1.0), Scored("d", 0.0)]
+    drawn = [make_pairs(scored, "max_random", min_margin=0.5, seed=seed)[0] for seed in range(40)]
+    assert {(p.chosen, p.rejected) for pairs in drawn for p in pairs} == {(0, 2), (0, 3)}
+    assert drawn == [make_pairs(scored, "max_random", min_margin=0.5, seed=seed)[0] for seed in range(40)]
+    assert make_pairs(scored[:2], "max_random", min_margin=0.5)[1] == {"below_margin": 1}
+
+
+def test_all_without_verdicts_gives_any_two_with_a_margin_the_greatest_first() -> None:
+    """Rewards 4, 3, 1: margins 3 (0,2), 2 (1,2), 1 (0,1). One that was cut off loses to others and never wins."""
+    scored = [Scored("a", 4.0), Scored("b", 3.0), Scored("c", 1.0)]
+    pairs, counts = make_pairs(scored, "all")
+    assert [(p.chosen, p.rejected, p.margin) for p in pairs] == [(0, 2, 3.0), (1, 2, 2.0), (0, 1, 1.0)]
+    assert counts == {"paired": 1}
+    assert len(make_pairs(scored, "all", max_pairs=2)[0]) == 2
+    assert [p.margin for p in make_pairs(scored, "all", min_margin=2.0)[0]] == [3.0, 2.0]
+    cut_off = [Scored("a", 4.0, truncated=True), *scored[1:]]
+    assert [(p.chosen, p.rejected) for p in make_pairs(cut_off, "all")[0]] == [(1, 2)]
+
+
+def test_a_penalty_decides_among_completions_of_one_verdict() -> None:
+    """All right, penalties 0.5, 0.1, 0.3: the least penalised is chosen, the most penalised rejected, margin 0.4."""
+    scored = [passed("a", penalty=0.5), passed("b", penalty=0.1), passed("c", penalty=0.3)]
+    assert make_pairs(scored)[0] == [Pair(1, 0, 0.4)]
+    # Of rewards alone: 2 - 1.5 = 0.5 is worse than 1 by 0.5.
+    assert make_pairs([Scored("long", 2.0, penalty=1.5), Scored("short", 1.0)])[0] == [Pair(1, 0, 0.5)]
+
+
+def test_a_penalty_never_turns_a_verdict_around() -> None:
+    """Right ones penalised by 5 and 3, a wrong one by nothing: 1 is chosen, and beats the wrong one by 1 as ever."""
+    scored = [passed("a", penalty=5.0), passed("b", penalty=3.0), failed("c"), failed("d", penalty=2.0)]
+    assert make_pairs(scored)[0] == [Pair(1, 3, 1.0)]
+    assert [(p.chosen, p.rejected) for p in make_pairs(scored, "all", max_pairs=1)[0]] == [(1, 3)]
+
+
+def test_a_failed_completion_of_higher_reward_gives_no_pair() -> None:
+    """Verdict and reward are at odds, as they may be where several parts make one reward."""
+    pairs, counts = make_pairs([passed("a", -0.5), failed("b", 0.25)])
+    assert pairs == [] and counts == {"at_odds": 1}
+
+
+def test_every_completion_has_a_fate() -> None:
+    scored = [
+        Scored("best", 3.0), Scored(" best", 3.0), Scored("worst", 0.0), Scored("lost", None),
+        Scored("cut", 1.0, truncated=True), Scored("middle", 2.0),
+    ]  # fmt: skip
+    pairs, _ = make_pairs(scored)
+    assert fates(scored, pairs) == ["chosen", "identical", "rejected", "error", "truncated", "unpaired"]
+    pairs, _ = make_pairs(scored, "all")
+    assert fates(scored, pairs)[4:] == ["rejected", "chosen_and_rejected"]

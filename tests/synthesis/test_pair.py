@@ -110,3 +110,16 @@ def test_an_unknown_setting_is_refused() -> None:
 
 def test_a_prompt_row_helper_matches_the_contract() -> None:
     assert set(COLUMNS[Kind.PROMPTS]) == set(a_prompt(1))
+
+
+def test_a_penalty_for_a_missing_end_makes_the_cut_off_one_of_equal_completions_the_rejected_one(bench: Bench) -> None:
+    """Graded 0.5, 0.5 and 0.5 without verdicts: a tie but for the penalty of 1, which is the margin."""
+    texts = {"short": "stop", "shorter": "stop", "and so on and": "length"}
+    completions = [
+        a_completion(1, index, text, True, finish_reason=reason) | {"verdict": None, "reward": 0.5}
+        for index, (text, reason) in enumerate(texts.items())
+    ]
+    (row,) = bench.run(STAGE, {"missing_end_penalty": 1.0}, completions=completions)
+    assert (row["rejected_index"], row["margin"], row["rejected_reward"]) == (2, 1.0, 0.5)
+    with pytest.raises(DataError, match="tie: 1"):
+        bench.run(STAGE, {}, completions=completions)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,22 @@ def _attempt(
     dies_at: int | None,
 ) -> int:
     """One run in a process of its own; its wait status."""
+    progress = _Noting(dies_at, folder.with_suffix(".steps"))
+    return in_fork(lambda: steps.run(stage, folder, inputs, settings, speed, progress=progress), folder)
+
+
+def in_fork(function: Callable[[], Any], folder: Path) -> int:
+    """Calls a function in a fork of this process and gives its wait status; what it prints goes beside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     if child := os.fork():
         return os.waitpid(child, 0)[1]
     status = 1
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         said = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        steps.run(stage, folder, inputs, settings, speed, progress=_Noting(dies_at, folder.with_suffix(".steps")))
+        function()
         status = 0
     except BaseException:
         traceback.print_exc()

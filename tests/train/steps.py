@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,39 +73,3 @@ def weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model" / "model.safetensors")
-
-
-def script(
-    verb: str,
-    folder: Path,
-    inputs: Mapping[str, Table | ModelRef],
-    settings: dict[str, Any],
-    speed: dict[str, Any],
-    kill_at: int | None = None,
-) -> Path:
-    """A Python file that runs the stage in a process of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "call.pickle").write_bytes(pickle.dumps((folder, inputs, settings, speed, 3, kill_at)))
-    path = folder / "call.py"
-    path.write_text(
-        "import pickle, pathlib\nfrom align.stages import load\nfrom tests.train import steps\n"
-        f"call = pickle.loads(pathlib.Path({str(folder / 'call.pickle')!r}).read_bytes())\n"
-        f"steps.run(load({verb!r}), *call)\n"
-    )
-    return path
-
-
-def run_and_kill(
-    verb: str,
-    folder: Path,
-    inputs: Mapping[str, Table | ModelRef],
-    settings: dict[str, Any],
-    speed: dict[str, Any],
-    at_step: int,
-) -> int:
-    """Runs the stage in another process, killed with SIGKILL at its `at_step`-th step; gives its exit status."""
-    path = script(verb, folder, inputs, settings, speed, kill_at=at_step)
-    root = Path(__file__).resolve().parents[2]
-    return subprocess.run(
-        [sys.executable, str(path)], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
-    ).returncode

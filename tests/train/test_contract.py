@@ -37,6 +37,7 @@ OVERRIDDEN = [
     (DPO, trl.DPOTrainer, "log", ["self", "logs", "start_time"]),
     (DPO, transformers.Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
     (OnlineDPO, transformers.Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
+    (OnlineDPO, transformers.Trainer, "_get_learning_rate", ["self"]),
 ]
 
 

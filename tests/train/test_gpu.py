@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM as Auto
-from transformers import MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoTokenizer, MistralConfig, PreTrainedModel, Qwen2Config
 
 from align.core import segments
+from align.core.engines.base import SamplingParams
 from align.core.segments import Branch, Tree, by_branch, can_be_flat, collate, model_inputs
+from align.core.store import ModelRef
 from align.stages import load
 from align.train.head import score_labelled_only
+from align.train.samplers import Live
 from tests.train import steps, tiny
+from tests.train.test_online_dpo import QUICK, prompts, trained
+
+__all__ = ["trained"]  # its fixture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,6 +106,38 @@ def test_a_stage_learns_in_bf16_and_starts_where_it_should(tmp_path: Path, verb:
     assert losses[-1] < 0.9 * losses[0]
     if verb == "dpo":
         assert losses[0] == pytest.approx(0.6931, abs=0.01)
+
+
+def test_an_online_run_samples_on_the_gpu_in_the_training_s_precision(trained: Path, tmp_path: Path) -> None:
+    """The embedded decoder's products are in bf16 as the training's are, so the gap is bf16's, some thousandths."""
+    given = {"policy": steps.policy(trained), "prompts": steps.table(tmp_path / "prompts.parquet", prompts(30))}
+    settings = QUICK | {"max_sampler_gap": 0.03, "prompts_per_episode": 16}
+    summary, _ = steps.run(load("online-dpo"), tmp_path / "online", given, settings, {"device": "cuda"})
+    assert summary["pairs"] > 0 and summary["steps"] > 0
+    gaps = [line["heldout/gap"] for line in steps.curves(tmp_path / "online") if "heldout/gap" in line]
+    assert len(gaps) == 3 and 0 < max(gaps) < 0.03
+    model: Any = Auto.from_pretrained(trained).cuda()
+    sampler = Live(model, AutoTokenizer.from_pretrained(trained), "bf16")
+    done = list(sampler.sample([[1, 2, 3]] * 64, 4, SamplingParams(max_tokens=40, logprobs=True)))
+    assert len(done) == 256 and {completion.finish_reason for *_, completion in done} <= {"stop", "length"}
+    assert sampler.engine._quick is not None and sampler.engine._quick.head.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["ondare", "onties"])
+def test_a_merging_step_on_the_gpu_is_the_cpu_s(tmp_path: Path, method: str) -> None:
+    """One step in fp32 from the same weights, gradient and tau; every coordinate is kept, so nothing is drawn."""
+    base, sft = (steps.policy(tiny.save_model(tmp_path / name, seed=seed)) for seed, name in enumerate(("base", "sft")))
+    given = {"policy": sft, "preferences": steps.table(tmp_path / "p.parquet", tiny.preferences(8))}
+    given |= {"base": ModelRef(base.path, base.kind, "base", "1")}
+    settings = {"learning_rate": 1e-3, "epochs": 1.0, "global_batch_size": 8, "max_length": 200, "merging": method}
+    settings |= {"merging_alpha": 1e-3, "merging_keep": 1.0, "merging_warn_drift": 1.0}
+    found = []
+    for device in ("cpu", "cuda"):
+        steps.run(load("dpo"), tmp_path / device, given, settings, {"device": device, "precision": "fp32"})
+        found.append(steps.weights(tmp_path / device))
+    start = load_file(f"{sft.path}/model.safetensors")
+    for name, tensor in found[0].items():
+        assert (tensor - found[1][name]).abs().mean() < 0.05 * (tensor - start[name]).abs().mean(), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")

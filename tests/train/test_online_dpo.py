@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,9 +13,8 @@ from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import DataError, ModelError, RunError
 from align.core.records import Kind
 from align.core.store import ModelRef, Table
-from align.train.guards import Probe, objections
+from align.train.episode_file import pairs_of
 from align.train.online_dpo import STAGE
-from align.train.online_settings import Config
 from align.train.sft import STAGE as SFT
 from reward.loading import template_hash
 from reward.model import Card, Gate
@@ -70,7 +68,11 @@ def inputs(trained: Path, tmp_path: Path) -> dict[str, Table | ModelRef]:
 
 
 def episodes(folder: Path) -> list[list[dict[str, Any]]]:
-    return [pq.read_table(path).to_pylist() for path in sorted((folder / "episodes").glob("*.parquet"))]
+    """The rows of each episode; of those with a pair the first one's ids and figures beside them."""
+    found = [pq.read_table(path).to_pylist() for path in sorted((folder / "episodes").glob("*.parquet"))]
+    for row in (row for rows in found for row in rows if row["pairs"]):
+        row |= row["pairs"][0] | pairs_of([row])[0]
+    return found
 
 
 def test_an_episode_pairs_the_best_with_the_worst_of_the_policy_s_own_samples(
@@ -85,13 +87,8 @@ def test_an_episode_pairs_the_best_with_the_worst_of_the_policy_s_own_samples(
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for row in paired:
         assert len(row["rewards"]) == 6
-        chosen, rejected = (
-            row["completion_ids"].index(row["chosen_ids"]),
-            row["completion_ids"].index(row["rejected_ids"]),
-        )
-        assert (
-            (row["rewards"][chosen], row["rewards"][rejected]) == (max(row["rewards"]), min(row["rewards"])) == (1, 0)
-        )
+        rewards = row["rewards"]
+        assert (rewards[row["chosen"]], rewards[row["rejected"]]) == (max(rewards), min(rewards)) == (1, 0)
         assert row["chosen_ids"][-1] == end
     assert {row["policy_step"] for row in first} == {0}
     assert {row["policy_step"] for row in second} == {summary["episodes"][0]["steps"]}
@@ -245,58 +242,3 @@ def test_without_a_dev_split_some_prompts_are_set_aside_and_never_trained_on(
     summary, _ = steps.run(STAGE, tmp_path / "online", given, QUICK | {"episodes": 1, "prompts_per_episode": 99})
     assert summary["probe_split"] == "train"
     assert len(episodes(tmp_path / "online")[0]) == 27  # 30 less the tenth set aside
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights_and_samples_no_episode_twice(
-    inputs: dict[str, Table | ModelRef], tmp_path: Path
-) -> None:
-    settings = QUICK | {"episodes": 3, "prompts_per_episode": 16, "global_batch_size": 2}
-    steps.run(STAGE, tmp_path / "whole", inputs, settings)
-    whole = steps.curves(tmp_path / "whole")
-    done = next(line["step"] for line in whole if line.get("episode") == 2 and "heldout/score" in line)
-    at_step = 3 * 16 * 6 + done + 1  # the samples of three episodes, and a step into the third
-    killed = tmp_path / "killed"
-    assert steps.run_and_kill("online-dpo", killed, inputs, settings, {}, at_step) == -9
-    times = [path.stat().st_mtime_ns for path in sorted((killed / "work" / "episodes").glob("*"))]
-    assert len(times) == 3  # the third was sampled and not trained to its end
-    _, progress = steps.run(STAGE, killed, inputs, settings)
-    assert times == [path.stat().st_mtime_ns for path in sorted((killed / "work" / "episodes").glob("*"))]
-    assert progress.count < 16 * 6
-    one, two = steps.weights(tmp_path / "whole"), steps.weights(killed)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert [line.get("loss") for line in steps.curves(killed)] == [line.get("loss") for line in whole]
-    assert episodes(killed) == episodes(tmp_path / "whole")
-
-
-START = Probe(score=60.0, families={"benign": 90.0, "harmful": 50.0}, reward=None, length=20.0, kl=0.0, gap=0.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "chosen_change", "objection"),
-    [
-        ({}, 0.0, None),
-        ({"score": 56.0}, 0.0, None),
-        ({"score": 54.0}, 0.0, "the held-out score fell from 60.0 to 54.0"),
-        ({"families": {"benign": 5.0, "harmful": 100.0}}, 0.0, "score of benign fell from 90.0 to 5.0"),
-        ({"length": 41.0}, 0.0, "samples grew from 20 to 41 tokens"),
-        ({"kl": 101.0}, 0.0, "101.0 nats a completion"),
-        ({}, -21.0, "the chosen lost 21.0 nats"),
-    ],
-)
-def test_each_guard_objects_beyond_its_limit(
-    changes: dict[str, Any], chosen_change: float, objection: str | None
-) -> None:
-    from dataclasses import replace
-
-    found = objections(Config(), [START], replace(START, **changes), chosen_change)
-    assert len(found) == (objection is not None)
-    assert objection is None or objection in found[0]
-
-
-def test_a_slow_decline_is_measured_against_the_best_and_not_the_last() -> None:
-    from dataclasses import replace
-
-    kept = [START, replace(START, score=64.0), replace(START, score=60.0)]
-    assert objections(Config(), kept, replace(START, score=58.0), 0.0)
-    assert np.isclose(kept[1].score or 0, 64.0)

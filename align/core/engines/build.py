@@ -64,7 +64,7 @@ class VllmSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
     speed_only: ClassVar[frozenset[str]] = frozenset(
-        {"tensor_parallel", "gpu_memory", "max_in_flight", "enforce_eager", "ray"}
+        {"tensor_parallel", "gpu_memory", "max_in_flight", "enforce_eager", "sleep_mode", "ray"}
     )
     """See `EngineSettings`."""
 
@@ -83,6 +83,9 @@ class VllmSettings(BaseModel):
     gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM may take.")
     max_in_flight: int = Field(2048, ge=1, description="Most samples that vLLM is given at once; the rest wait here.")
     enforce_eager: bool = Field(False, description="Leave out CUDA graphs: a quicker start, a slower run.")
+    sleep_mode: bool = Field(
+        False, description="Give the GPU's memory back while the policy trains; for online-dpo's sampler."
+    )
     ray: RaySettings | None = Field(None, description="Workers of a Ray cluster that sample; this process by default.")
 
 
@@ -129,6 +132,7 @@ def build_vllm(settings: VllmSettings, *, generator: str | None = None, fingerpr
         gpu_memory=settings.gpu_memory,
         max_in_flight=settings.max_in_flight,
         enforce_eager=settings.enforce_eager,
+        sleep_mode=settings.sleep_mode,
         generator=generator,
         fingerprint=fingerprint,
     )

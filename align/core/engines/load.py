@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from align.core.errors import EngineError, ModelError
+from align.core.hub import check_model
 
 # What peft asks of a model when it puts adapters on it goes by an old name.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
@@ -60,6 +61,7 @@ def load_model(path: str, device: torch.device, dtype: str) -> Any:
 
             adapter = PeftConfig.from_pretrained(path)
             base, revision = str(adapter.base_model_name_or_path), adapter.revision
+        check_model(base)
         config = AutoConfig.from_pretrained(base, revision=revision or "main")
         made_as = getattr(config, "architectures", None) or []
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -97,6 +99,7 @@ def load_tokenizer(path: str) -> Any:
         # transformers would make one with an empty vocabulary from the config alone
         raise ModelError(f"{path}: there is no tokenizer in this folder; {remedy}")
     name, revision = pinned(path)
+    check_model(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError) as problem:

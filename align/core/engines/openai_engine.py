@@ -49,6 +49,10 @@ class OpenAIEngine:
         generator: the name written with every row; the model's name by default.
         first_wait_s: the wait before a request is sent again for the first time; later ones double.
 
+    Attributes:
+        settings: as given.
+        key: what is sent as the key; empty where there is none.
+
     Raises:
         EngineError: the client isn't installed, or the key that was named isn't there.
     """
@@ -61,9 +65,10 @@ class OpenAIEngine:
                 f"{settings.model}: {problem}; an engine of kind openai needs the package: "
                 "pip install 'align-toolkit[openai]'"
             ) from problem
-        self._settings = settings
+        self.settings = settings
+        self.key = _key(settings)
         self._generator = generator or settings.model
-        self._traffic = Traffic(settings, _key(settings), first_wait_s)
+        self._traffic = Traffic(settings, self.key, first_wait_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -76,22 +81,22 @@ class OpenAIEngine:
     @property
     def fingerprint(self) -> str:
         """See `Engine`; of the model's name and of what requests hold, for a server's weights can't be seen."""
-        seen = self._settings.model_dump(mode="json", exclude=set(OpenAISettings.speed_only))
+        seen = self.settings.model_dump(mode="json", exclude=set(OpenAISettings.speed_only))
         return hashlib.blake2b(json.dumps(seen, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
     def gives_token_ids(self) -> bool:
         """Whether the server tells the ids of the tokens it sampled; `token_ids` is empty where it doesn't."""
-        return DIALECTS[self._settings.server].gives_token_ids
+        return DIALECTS[self.settings.server].gives_token_ids
 
     def sample(
         self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
     ) -> Iterator[tuple[int, int, Completion]]:
         """See `Engine`. Where nothing can be asked any more, what is in flight is still given before the error."""
         params.check(n)
-        check_params(params, self._settings)
+        check_params(params, self.settings)
         loop = self._running_loop()
-        ahead = 2 * self._settings.concurrency * len(self._settings.addresses)
+        ahead = 2 * self.settings.concurrency * len(self.settings.addresses)
         work = (
             (number, prompt, indices)
             for number, prompt in enumerate(prompts)
@@ -126,7 +131,7 @@ class OpenAIEngine:
 
     def usage(self) -> dict[str, Any]:
         """What was sent in this process and what it came to, for the manifest: requests, tokens, cost in USD."""
-        usage, settings = self._traffic.usage, self._settings
+        usage, settings = self._traffic.usage, self.settings
         told: dict[str, Any] = {
             "requests": usage.requests,
             "asked_again": dict(sorted(dict(usage.again).items(), key=lambda entry: -entry[1])),
@@ -162,7 +167,7 @@ class OpenAIEngine:
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._closed:
-            raise EngineError(f"{self._settings.model}: the engine was closed; build another")
+            raise EngineError(f"{self.settings.model}: the engine was closed; build another")
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             # A daemon, so that an engine that nobody closed doesn't keep the process alive.
@@ -172,7 +177,7 @@ class OpenAIEngine:
 
     def _requests_of(self, first_index: int, n: int, params: SamplingParams) -> Iterator[list[int]]:
         """The sample indices of a prompt, by request. Greedy samples are alike, and some servers refuse two of them."""
-        size = self._settings.samples_per_request if params.temperature > 0 else 1
+        size = self.settings.samples_per_request if params.temperature > 0 else 1
         for start in range(first_index, first_index + n, size):
             yield list(range(start, min(start + size, first_index + n)))
 
@@ -185,14 +190,14 @@ class OpenAIEngine:
         results: SimpleQueue[tuple[int, Answers] | Future[None]],
     ) -> None:
         """Puts the samples of these indices into the queue. Those that an answer lacks are asked for again."""
-        problem = unsendable(prompt, params, self._settings)
+        problem = unsendable(prompt, params, self.settings)
         while indices and not problem:
-            body = request_body(prompt, len(indices), params, self._settings, indices[0])
+            body = request_body(prompt, len(indices), params, self.settings, indices[0])
             try:
                 found = await self._traffic.ask(
                     "chat/completions" if is_chat(prompt) else "completions",
                     body,
-                    partial(read_answer, n=len(indices), params=params, settings=self._settings),
+                    partial(read_answer, n=len(indices), params=params, settings=self.settings),
                     tokens=_tokens_of(prompt) + params.max_tokens * len(indices),
                 )
             except RefusedError as refused:

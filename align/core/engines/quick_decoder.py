@@ -81,7 +81,7 @@ class QuickDecoder:
         self.most_segments = 3 if self.device.type == "cpu" else 2  # on a GPU a launch costs more than some padding
         self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)
         self.cos = self.sin = torch.empty(0)
-        self.token_bytes = 2 * weights.layers * weights.kv_heads * weights.head_dim * weights.embed.element_size()
+        self.token_bytes = 2 * weights.layers * weights.kv_heads * weights.head_dim * weights.dtype.itemsize
         self.budget = memory_budget(self.device)
 
     def fits(self, rows: int, length: int) -> bool:
@@ -96,7 +96,7 @@ class QuickDecoder:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         source = torch.arange(len(prompts), device=device).repeat_interleave(torch.tensor(copies, device=device))
         columns = longest + 32
-        cache = w.embed.new_empty(w.layers, 2, len(source), w.kv_heads, columns, w.head_dim)
+        cache = w.embed.new_empty(w.layers, 2, len(source), w.kv_heads, columns, w.head_dim, dtype=w.dtype)
         gap = torch.arange(columns, device=device) >= lengths[source, None]
         gap[:, longest:] = False
         gaps = torch.zeros(gap.shape, dtype=cache.dtype, device=device).masked_fill_(gap, float("-inf"))

@@ -13,11 +13,16 @@ from align.core.engines.decoder import bare_model
 class QuickWeights:
     """The weights of a Qwen2-like model laid out for decoding: q, k, v in one matrix, gate and up in another.
 
-    The fused matrices are copies; everything else refers to the model's own tensors.
+    The fused matrices are copies, as all matrices are where `dtype` isn't the model's; everything else refers to the
+    model's own tensors.
+
+    Args:
+        model: may be wrapped by peft.
+        dtype: of the matrices and of the keys and values; under autocast, where it isn't the model's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
         base = bare_model(model)
         config = base.config
         self.layers = len(base.model.layers)
@@ -33,26 +38,35 @@ class QuickWeights:
         base = bare_model(self.model)
         self.embed: Tensor = base.model.embed_tokens.weight.detach()
         self.norm: Tensor = base.model.norm.weight.detach()
-        self.head, self.head_bias = _weight_and_bias(base.lm_head)
+        self.head, self.head_bias = _in(self.dtype, *_weight_and_bias(base.lm_head))
         self.rotary: nn.Module = base.model.rotary_emb
-        self.blocks = [_Block(layer) for layer in base.model.layers]
+        self.blocks = [_Block(layer, self.dtype) for layer in base.model.layers]
+
+    def release(self) -> None:
+        """Lets the copies go, until `refresh`."""
+        self.blocks = []
+        self.head = self.embed
 
 
 class _Block:
     """One layer's tensors."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm1: Tensor = layer.input_layernorm.weight.detach()
         self.norm2: Tensor = layer.post_attention_layernorm.weight.detach()
-        self.qkv, self.qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out, self.out_bias = _weight_and_bias(attention.o_proj)
-        self.gate_up, self.gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
-        self.down, self.down_bias = _weight_and_bias(mlp.down_proj)
+        self.qkv, self.qkv_bias = _in(dtype, *_fused(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.out, self.out_bias = _in(dtype, *_weight_and_bias(attention.o_proj))
+        self.gate_up, self.gate_up_bias = _in(dtype, *_fused(mlp.gate_proj, mlp.up_proj))
+        self.down, self.down_bias = _in(dtype, *_weight_and_bias(mlp.down_proj))
         # Qwen3 normalises queries and keys per head.
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.q_norm: Tensor | None = None if q_norm is None else q_norm.weight.detach()
         self.k_norm: Tensor | None = None if k_norm is None else k_norm.weight.detach()
+
+
+def _in(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,10 +85,12 @@ class SlotLoop:
         params: SamplingParams,
         device: Any,
         form: Form | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.decoder, self.jobs, self.slots = decoder, jobs, slots
         self.shaping = Shaping(params, form, slots, device)
-        self.endings, self.params, self.device = endings, params, device
+        self.endings, self.params, self.device = endings, params, torch.device(device)
+        self.autocast = autocast  # products in this precision; None: as the weights are
         self.next: Job | None = None
         self.need = 0  # most tokens, prompt and new ones, of any row since there were none
         # The decoder's rows change places; what belongs to a sample stays in its slot.
@@ -118,14 +121,14 @@ class SlotLoop:
             batch = self._batch()
             first = len(self.slot_of)
             if batch:
-                with torch.no_grad():
+                with self._computing():
                     logits = self.decoder.admit([job.ids for job in batch], [len(job.indices) for job in batch])
                     repeats = torch.tensor([len(job.indices) for job in batch], device=logits.device)
                     logits = logits.repeat_interleave(repeats, 0)
                 self._seat(batch)
             elif first:
                 first = 0
-                with torch.no_grad():
+                with self._computing():
                     logits = self.decoder.step(self.last)
             else:
                 return
@@ -134,6 +137,11 @@ class SlotLoop:
     def sampled_of_first(self) -> list[int]:
         """The tokens so far of the first row that is still being sampled."""
         return self._ids(int(self.slot_of[0]))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            yield
 
     def _advance(self) -> None:
         self.next = next(self.jobs, None)
@@ -188,7 +196,8 @@ class SlotLoop:
             token, usable, close = choose(self.shaping.shaped(slots, logits), u, self.params)
             for at in torch.nonzero(close & usable)[:, 0].tolist():
                 slot = slots[at : at + 1]
-                logits[at] = self.decoder.alone(self.prompts[slot[0]] + self._ids(slot[0]))
+                with self._computing():
+                    logits[at] = self.decoder.alone(self.prompts[slot[0]] + self._ids(slot[0]))
                 token[at] = choose(self.shaping.shaped(slot, logits[at : at + 1]), u[at : at + 1], self.params)[0]
             self.last[first:] = token
             self.shaping.accept(slots, token)

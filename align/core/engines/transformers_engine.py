@@ -39,7 +39,8 @@ class TransformersEngine:
             in memory is used where it is and as it is at each call of `sample`: train it on, and sample again.
         tokenizer: the model's own by default.
         device: auto (a CUDA device if there is one), cpu, cuda, cuda:1, ... Of a model in memory: its own.
-        dtype: auto (float32 on CPU, the checkpoint's own on a GPU), float32, bfloat16, float16.
+        dtype: auto (float32 on CPU, the checkpoint's own on a GPU), float32, bfloat16, float16. Of a model in memory:
+            auto is its own; another makes its products in that precision, as torch.autocast does, and leaves it alone.
         slots: most samples in flight.
         generator: see `Engine`; the model's name by default.
         fingerprint: see `Engine`; a hash of weights, tokenizer and template by default.
@@ -78,7 +79,10 @@ class TransformersEngine:
         self.max_context: int | None = min(limits) if limits else None
         self._end_ids = end_ids(tokenizer, self.model)
         self._endings: dict[tuple[tuple[str, ...], tuple[int, ...]], Endings] = {}  # costs a pass over the vocabulary
-        self._quick = QuickWeights(self.model) if is_quick(self.model) else None
+        kept = next(iter(self.model.parameters())).dtype
+        self._products = getattr(torch, dtype) if self._live and dtype != "auto" else kept
+        self._autocast = self._products if self._products != kept else None
+        self._quick = QuickWeights(self.model, self._products) if is_quick(self.model) else None
 
     @property
     def generator(self) -> str:
@@ -161,6 +165,11 @@ class TransformersEngine:
             self._quick.refresh()
         self._fingerprint = self._given_fingerprint
 
+    def release(self) -> None:
+        """Frees what was laid out for sampling, while a live model trains; the next `sample` lays it out again."""
+        if self._quick is not None:
+            self._quick.release()
+
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copies a state dict into the model, in place.
 
@@ -201,7 +210,7 @@ class TransformersEngine:
         form = None
         if params.json_schema is not None or params.choices:
             form = Form(self.tokenizer, ends, self.model.get_output_embeddings().weight.shape[0], params)
-        return SlotLoop(decoder, jobs, self.slots, self._endings[how], params, self.device, form)
+        return SlotLoop(decoder, jobs, self.slots, self._endings[how], params, self.device, form, self._autocast)
 
     def _out_of_memory(self) -> EngineError:
         return EngineError(
