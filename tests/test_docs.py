@@ -6,6 +6,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def commands(text: str) -> Iterator[list[str]]:
             yield shlex.split(line, comments=True)
 
 
+@cache
 def recipes() -> dict[str, Any]:
     """Every recipe that the documents may name: the shipped ones, and those that a document shows; by name."""
     known = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in shipped()}

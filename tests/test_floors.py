@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,19 @@ def floor_of(module: str) -> int | None:
     return None
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache
+def said_in(path: Path) -> tuple[list[str], set[str]]:
+    """What a file imports, and the names of the attributes that it reads."""
+    imported, attributes = list[str](), set[str]()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            imported += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are written in full"
-            yield str(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            imported += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            attributes.add(node.attr)
+    return imported, attributes
 
 
 def test_every_module_has_its_floor() -> None:
@@ -69,7 +75,7 @@ def test_imports_only_go_down() -> None:
     wrong = []
     for name, path in modules():
         floor = floor_of(name)
-        for target in imported(path):
+        for target in said_in(path)[0]:
             other = floor_of(target) if target.split(".")[0] in PACKAGES else None
             if floor is not None and other is not None and other > floor:
                 wrong.append(f"{name} (floor {floor}) imports {target} (floor {other})")
@@ -112,7 +118,7 @@ def test_help_takes_little_more_than_the_libraries_it_stands_on() -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     libraries = "import typer, pydantic, rich.console, rich.table, rich.panel, rich.markdown"
-    times = [(cpu_s("-m", "align.cli", "--help"), cpu_s("-c", libraries)) for _ in range(5)]
+    times = [(cpu_s("-m", "align.cli", "--help"), cpu_s("-c", libraries)) for _ in range(3)]
     helps, bare = zip(*times, strict=True)
     assert min(helps) < 3 * min(bare)
 
@@ -148,8 +154,9 @@ def test_every_setting_has_a_meaning_and_is_read_somewhere(verb: str) -> None:
     while waiting:
         path = files.pop(waiting.pop(), None)
         if path is not None:
-            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-            waiting += imported(path)
+            imported, attributes = said_in(path)
+            read |= attributes
+            waiting += imported
     for name, field in load(verb).config.model_fields.items():
         assert field.description, f"{verb}: {name} has no description"
         assert name in read, f"{verb}: nothing reads {name}"

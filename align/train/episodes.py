@@ -26,8 +26,9 @@ from align.core.records import Row
 from align.core.stage import Progress
 from align.core.store import Table
 from align.core.text import stable_hash
+from align.train.grading import grade
 from align.train.online_settings import PARTS, Config
-from align.train.scoring import Gather, Group, Scorer, grade
+from align.train.scoring import Gather, Group, Scorer
 from reward.pairs import fates
 
 

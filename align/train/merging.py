@@ -90,7 +90,7 @@ class MergingAdamW(torch.optim.Optimizer):
         merging: see there.
         tau: theta_SFT - theta_base of a parameter by its name, whole, any precision. Asked once for each, at the first
             step: by then a sharded model has its shards. Not asked where alpha is 0.
-        lr: learning rate. At 0 nothing is merged either.
+        lr: learning rate. At 0 no weight moves; tau waits too.
         betas: of the moments.
         eps: AdamW's.
         weight_decay: decoupled.
@@ -120,15 +120,17 @@ class MergingAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-        gathers = self.merging.method == "none" or self.merging.every > 1
+        merging = self.merging
         for part in self._all_parts():
-            part.begin(self.state, self.merging)
-            if gathers:
-                self._adamw(part, part.weights(), part.group["lr"], part.group["weight_decay"])
-                if self.merging.method != "none" and part.group["steps"] % self.merging.every == 0:
-                    self._merge_gathered(part)
-            elif part.group["lr"]:
+            part.begin(self.state, merging)
+            group = part.group
+            merges = merging.method != "none" and group["lr"] > 0
+            if merges and merging.every == 1:
                 self._merge_step(part)
+            else:
+                self._adamw(part, part.weights(), group["lr"], group["weight_decay"])
+                if merges and group["steps"] % merging.every == 0:
+                    self._merge_gathered(part)
             part.round_to_model()
         return loss
 

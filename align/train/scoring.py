@@ -1,13 +1,12 @@
 """How good are the policy's completions: verifiers, the reward model, a judge, or several of them together.
 
-Each part scores what it can; `grade` makes one reward of that, and `reward.pairs` the pairs.
+Each part scores what it can; `align.train.grading` makes one reward of that, and `reward.pairs` the pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import fsum, sqrt
 from typing import Any
 
 from align.core.engines.base import Completion
@@ -37,7 +36,7 @@ class Group:
         completions: as sampled.
         scores: by part what it gave each completion, in the same order; None where it could not say.
         verdicts: of the verifier and of the judge, where they were asked.
-        scored: as pairing sees them, once graded.
+        scored: as pairing sees them, once graded (`align.train.grading`).
     """
 
     row: Row
@@ -124,7 +123,7 @@ class Scorer:
         ]
 
     def rewards(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """The reward model's score of each completion; None where nothing was sampled."""
+        """The reward model's score of each completion; None where nothing was sampled, or more than it can read."""
         items = [
             (group.prompt_ids, c.token_ids)
             if self.same_ids
@@ -133,7 +132,7 @@ class Scorer:
             for c in group.completions
             if c.finish_reason != "error" and c.token_ids
         ]
-        found = iter(self.reward_model.score_many(items) if items else [])
+        found = iter(self.reward_model.score_fitting(items) if items else [])
         return [
             [next(found) if c.finish_reason != "error" and c.token_ids else None for c in group.completions]
             for group in groups
@@ -209,82 +208,6 @@ def _instruction(row: Row, apart: bool) -> dict[str, Any]:
 def _unscored(group: Group, part: Part) -> Group:
     """The group with the completions alone that a part has not scored."""
     return replace(group, completions=group.completions[len(group.scores[part]) :])
-
-
-def grade(groups: Sequence[Group], config: Config, gather: Gather = list) -> None:
-    """Fills in `scored`: one reward of each completion from what the parts gave it, the penalties, the verdict.
-
-    One part's score is the reward. Of several (weighted) with scores s_p of mean m_p and standard deviation d_p over
-    all of the episode's completions that p scored, and weights w_p, it is
-
-        sum_p w_p (s_p - m_p) / d_p / sum_p w_p
-
-    over the parts that score the prompt: where a prompt has no verifier, the others decide. A completion that one of
-    them could not score is an error. Where all scores of a part are equal it adds nothing.
-
-    Args:
-        groups: of this process, scored.
-        config: `weights`, `length_penalty`, `missing_end_penalty`.
-        gather: see `Gather`; mean and deviation are of all processes' completions.
-    """
-    units = {part: _unit([group.scores.get(part, []) for group in groups], gather) for part in config.weights}
-    for group in groups:
-        penalties = penalties_of(group.completions, config)
-        given = [{part: scores[place] for part, scores in group.scores.items()} for place in range(len(penalties))]
-        rewards = [_reward(scores, config.weights, units) for scores in given]
-        verdicts = group.verdicts.get("verifier")
-        judged = group.verdicts.get("judge")
-        group.scored = [
-            Scored(
-                c.text,
-                reward if c.token_ids else None,  # what has no ids can't be trained on
-                None if verdicts is None else verdicts[place].verdict,
-                truncated=c.finish_reason == "length",
-                choosable=judged is None or judged[place].verdict != "failed",
-                penalty=penalties[place],
-            )
-            for place, (c, reward) in enumerate(zip(group.completions, rewards, strict=True))
-        ]
-
-
-def _reward(
-    given: Mapping[Part, float | None], weights: Mapping[Part, float], units: Mapping[Part, tuple[float, float]]
-) -> float | None:
-    """One completion's reward; see `grade`."""
-    known = {part: score for part, score in given.items() if score is not None}
-    if not known or len(known) < len(given):
-        return None
-    if not weights:
-        return next(iter(known.values()))
-    terms = []
-    for part, score in known.items():
-        mean, deviation = units[part]
-        terms.append(weights[part] * (score - mean) / deviation if deviation else 0.0)
-    return fsum(terms) / fsum(weights[part] for part in known)
-
-
-def _unit(scores: Sequence[Sequence[float | None]], gather: Gather) -> tuple[float, float]:
-    """Mean and standard deviation (of the population) of a part's scores; the same however processes share them."""
-    every = gather([score for group in scores for score in group if score is not None])
-    if not every:
-        return 0.0, 0.0
-    mean = fsum(every) / len(every)
-    return mean, sqrt(fsum((score - mean) ** 2 for score in every) / len(every))
-
-
-def penalties_of(completions: Sequence[Completion], config: Config) -> list[float]:
-    """What length and a missing end cost each completion of a prompt.
-
-    RLHFlow takes the length times a constant off the reward (arXiv:2405.07863). Counted from the prompt's shortest
-    completion, pairs are the same and rewards stay comparable with those of other prompts.
-    """
-    lengths = [len(c.token_ids) for c in completions if c.token_ids]
-    shortest = min(lengths, default=0)
-    return [
-        config.length_penalty * max(0, len(c.token_ids) - shortest) / 100
-        + config.missing_end_penalty * (c.finish_reason == "length")
-        for c in completions
-    ]
 
 
 def judge_of(config: Config, tools: Tools, has_reward_model: bool) -> Judge | None:

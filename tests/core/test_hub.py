@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from align.core import hub
 from align.core.errors import DataError, ModelError
 from align.core.locate import locate
 from align.core.store import ModelRef
+from reward.model import load_reward_model
 from tests.e2e.command import refused
 
 
@@ -33,37 +35,72 @@ def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket
         hub._unreachable.cache_clear()
 
 
-@pytest.mark.parametrize("command", [("chat", "owner/name"), ("export", "owner/name", "out=here"),
-                                     ("sft", "model=owner/name", "demonstrations=d.jsonl", "out=here"),
-                                     ("score", "reward_model=owner/name", "completions=c.jsonl", "out=here")])  # fmt: skip
-def test_a_model_of_the_hub_is_refused_at_once_where_the_hub_cannot_be_reached(
-    endpoint: socket.socket, command: tuple[str, ...]
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The addresses that connections were tried to, by this process's clients of HTTP."""
+    tried: list[object] = []
+    real = socket.create_connection
+
+    def counted(address: tuple[str, int], *more: object, **named: object) -> socket.socket:
+        tried.append(address)
+        return real(address, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "create_connection", counted)
+    return tried
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("chat", "owner/name"),
+        ("export", "owner/name", "out=here"),
+        ("sft", "model=owner/name", "demonstrations=d.jsonl", "out=here"),
+    ],
+)
+def test_a_model_of_the_hub_is_refused_after_one_attempt_where_the_hub_cannot_be_reached(
+    endpoint: socket.socket, attempts: list[object], command: tuple[str, ...]
 ) -> None:
     Path("d.jsonl").write_text('{"prompt": "What is 1 plus 1?", "completion": "2"}\n')
-    Path("c.jsonl").write_text('{"prompt": "What is 1 plus 1?", "completion": "2"}\n')
-    began = time.monotonic()
     said = refused(*command)
-    assert time.monotonic() - began < 15, "it does not try again and again"
+    assert len(attempts) == 1
     assert "owner/name: it is no folder here and was not downloaded before, and the Hub (http://127.0.0.1:" in said
     assert "can't be reached: " in said and "give a folder" in said and "HF_HUB_OFFLINE=1" in said
 
 
-def test_a_dataset_of_the_hub_is_refused_at_once_where_the_hub_cannot_be_reached(endpoint: socket.socket) -> None:
-    began = time.monotonic()
+def test_so_are_a_reward_model_and_a_dataset(endpoint: socket.socket, attempts: list[object]) -> None:
+    """The second asks nobody: that the Hub can't be reached is known by then."""
+    with pytest.raises(ModelError, match=r"owner/name: it is no folder here .* can't be reached: "):
+        load_reward_model("owner/name")
     with pytest.raises(DataError, match=r"owner/rows: it is no folder here .* can't be reached: .*HF_HUB_OFFLINE=1"):
         locate("owner/rows", None, None, None)
-    assert time.monotonic() - began < 5
+    assert len(attempts) == 1
 
 
 def test_a_hub_that_never_answers_is_not_waited_for(endpoint: socket.socket) -> None:
     """Connections come about and stay without an answer."""
     endpoint.listen()
-    assert "no answer within 0.5 s; check the network" in hub.hub_problem("owner/name").replace(
-        "timed out", "no answer within 0.5 s"
-    )
+    began = time.monotonic()
+    problem = hub.hub_problem("owner/name")
+    assert "timed out" in problem or "no answer within 0.5 s" in problem
+    assert time.monotonic() - began < 5
 
 
-def test_a_hub_that_answers_anything_is_asked_and_so_is_nobody_for_what_was_downloaded_before(
+def test_whatever_the_hub_answers_its_client_may_ask(endpoint: socket.socket) -> None:
+    endpoint.listen()
+
+    def refuse() -> None:
+        connection, _ = endpoint.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    answering = threading.Thread(target=refuse)
+    answering.start()
+    assert hub.hub_problem("owner/name") == ""
+    answering.join()
+
+
+def test_nobody_is_asked_for_what_is_here_or_where_the_client_is_told_to_stay_offline(
     endpoint: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / "1234"
@@ -82,7 +119,7 @@ def test_a_name_that_is_no_folder_and_no_id_is_refused_without_asking_anybody(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_unreachable", lambda endpoint: pytest.fail("the Hub was asked"))
     (tmp_path / "runs" / "policy").mkdir(parents=True)
-    for name, hint in (("tyni", "did you mean tiny?"), ("thing", "tiny, tiny-writer are shipped"),
+    for name, hint in (("tinny", "did you mean tiny?"), ("thing", "tiny, tiny-writer are shipped"),
                        ("runs/polcy", "did you mean runs/policy?")):  # fmt: skip
         said = refused(command[0], name, *command[1:])
         assert said == (
@@ -93,9 +130,7 @@ def test_a_name_that_is_no_folder_and_no_id_is_refused_without_asking_anybody(
 def test_data_without_an_owner_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "answers").mkdir()
-    with pytest.raises(
-        DataError, match=r"answer: no such file or folder, and it is no Hub id .*; did you mean answers\?"
-    ):
+    with pytest.raises(DataError, match=r"answer: no such .*, and it is no Hub id .*; did you mean answers\?"):
         locate("answer", None, None, None)
 
 

@@ -55,7 +55,7 @@ COSTLY = {
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[CodeVerifier]:
     try:
-        made = CodeVerifier(4, cpu_s=2, wall_s=20)
+        made = CodeVerifier(4, cpu_s=1, wall_s=20)
         made.__enter__()
     except SandboxError as error:
         pytest.skip(f"untrusted code can't be isolated here: {error}")
@@ -69,7 +69,7 @@ def test_no_forgery_passes_and_honest_code_passes_after_each(kind: str) -> None:
     slot_or_skip(4).close()
     names = [n for n in FORGERIES if n not in COSTLY or (kind == "other asserts")]
     pairs = [(code, REFERENCES[kind]) for name in names for code in (FORGERIES[name], HONEST)]
-    with CodeVerifier(4, cpu_s=1, wall_s=5, memory_mb=256) as verifier:
+    with CodeVerifier(4, cpu_s=0.4, wall_s=4, memory_mb=256) as verifier:
         verdicts = list(verifier.verify_many(pairs))
     forged = {n: v for n, v in zip(names, verdicts[::2], strict=True) if v.verdict == "passed" or v.reward == 1}
     assert forged == {}

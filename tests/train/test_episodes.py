@@ -19,8 +19,9 @@ from align.core.records import Row
 from align.core.stage import Tools
 from align.train.episode_file import pairs_of, read_rows, record_of, set_reference, write_rows
 from align.train.episodes import Prompts, episode_rows, most_varied, samples_of
+from align.train.grading import grade
 from align.train.online_settings import Config
-from align.train.scoring import Group, Scorer, grade, judge_of
+from align.train.scoring import Group, Scorer, judge_of
 from data_synthesis.constrain import STAGE as CONSTRAIN
 from reward.judge import Judge
 from reward.model import Gate, best_and_worst, high_enough
@@ -77,9 +78,11 @@ class ByWords:
     def reads_ids_of(self, tokenizer: Any) -> bool:
         return False
 
-    def score_many(self, items: Sequence[Any]) -> list[float]:
+    def score_fitting(self, items: Sequence[Any]) -> list[float | None]:
+        """None above 1000 words."""
         self.scored += len(items)
-        return [float(len(item[1][0]["content"].split())) for item in items]
+        words = [len(item[1][0]["content"].split()) for item in items]
+        return [float(count) if count <= 1000 else None for count in words]
 
     def judge_group(self, family: str, scores: Sequence[float]) -> tuple[int, int] | None:
         return best_and_worst(self.gates, family, scores)
@@ -384,6 +387,13 @@ def test_of_several_pairs_those_that_are_too_long_are_dropped() -> None:
         [wish(1)], numbered(*texts), config(scorer="reward_model", pairing="all", max_length=60), ByWords()
     )
     assert row["outcome"] == "paired" and {p["chosen"] for p in row["pairs"]} == {1, 2}
+
+
+def test_what_is_too_long_for_the_reward_model_is_an_error_and_not_the_end() -> None:
+    (row,) = episode(
+        [wish(1)], numbered("no", "no no", "no no no", "no " * 1001), config(scorer="reward_model"), ByWords()
+    )
+    assert row["rewards"] == [1.0, 2.0, 3.0, None] and row["became"] == ["rejected", "unpaired", "chosen", "error"]
 
 
 def test_what_was_sampled_again_is_scored_and_nothing_is_scored_twice() -> None:

@@ -151,6 +151,17 @@ def test_decay_is_outside_of_what_is_merged() -> None:
     assert weight.item() == pytest.approx(0.95 - 0.05 + 0.15, abs=1e-6)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_at_a_learning_rate_of_0_no_weight_moves(every: int) -> None:
+    """torch makes a sharded optimizer's state by such a step before it loads a checkpoint."""
+    weight = parameter([0.5])
+    optimizer = MergingAdamW([("w", weight)], Merging("ondare", 0.1, 1.0, every=every), lambda _: torch.ones(1), lr=0.0)
+    for _ in range(2):
+        weight.grad = torch.zeros(1)
+        optimizer.step()
+    assert weight.item() == 0.5
+
+
 # --- small updates, checkpoints ---------------------------------------------------------------------------------------
 
 
