@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from ladder import mean_and_error
 from machine import machine
-from rungs import HELD_OUT, align_run, difference, evaluation, made, manifest, save, scores
+from rungs import align_run, difference, evaluation, made, manifest, save, scores
 from safetensors.torch import load_file, save_file
 from tax_plot import drawn
 
@@ -35,7 +35,9 @@ from align.core.store import TINY, Table
 RUNGS = ("rejection_sft", "preferences")
 TRAINED = ("format", "benign", "harmful")
 OTHERS = ("math", "code", "tag")
+HELD_OUT = {"math": 100, "code": 50, "format": 100, "tag": 100, "benign": 50, "harmful": 50}
 SAMPLES = 2
+"""Of a prompt at temperature 1."""
 
 Weights = dict[str, torch.Tensor]
 
@@ -125,7 +127,7 @@ METHODS = {
     "harsh": {name: TRIED["harsh"][name] for name in (*CHOSEN, *CONTROLS)},
 }
 """What was chosen on dev; where the tax is, with its controls: as small a step by AdamW, the other variant, no tau."""
-MERGES = {name: MERGED_TRIED[name] for name in ("linear 0.5", "dare 0.5", "ties 0.5")}
+MERGES = {"harsh": {name: MERGED_TRIED[name] for name in ("linear 0.5", "dare 0.5", "ties 0.5")}}
 
 
 def trained_pairs(ladder: Path, file: Path) -> Path:
@@ -149,16 +151,14 @@ def merged_model(ladder: Path, after: Path, folder: Path, settings: Mapping[str,
     return folder
 
 
-def run(
-    seed: int, out: Path, split: str, samples: int, methods: Mapping[str, Any], merges: Mapping[str, Any]
-) -> dict[str, Any]:
+def run(seed: int, out: Path, split: str, methods: Mapping[str, Any], merges: Mapping[str, Any]) -> dict[str, Any]:
     """One seed, from its ladder to gain and tax of each method under each training."""
     ladder = made(seed, out, RUNGS)
     place = out / str(seed) / f"tax_{split}"
     pairs = str(trained_pairs(ladder, place.parent / "tax_pairs.jsonl"))
     asked = {"stage": "prompts", "with": {"source": {"tiny": {"families": HELD_OUT, "split": split, "seed": 1000}}}}
     policy = str(ladder / "rejection_sft")
-    steps = {"asked": asked, "before_eval": evaluation(policy, "asked", split, samples)}
+    steps = {"asked": asked, "before_eval": evaluation(policy, "asked", split, SAMPLES)}
     models: dict[tuple[str, str], str] = {}
     for training, rate in TRAININGS.items():
         for number, (method, settings) in enumerate(methods[training].items()):
@@ -167,15 +167,15 @@ def run(
                 {"base": "tiny"} if settings.get("merging_alpha") else {}
             )
             steps[name] = {"stage": "dpo", "in": inputs, "with": COMMON | rate | settings}
-            steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, samples)
+            steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, SAMPLES)
     document = {"name": f"tax-{seed}", "seed": seed, "steps": steps}
     align_run(document, place)
-    for training in TRAININGS:
+    for training, every in merges.items():
         after = place / models[training, "AdamW"] / "model"
-        for number, (method, settings) in enumerate(merges.items()):
+        for number, (method, settings) in enumerate(every.items()):
             name = models[training, method] = f"{training}_merged_{number}"
             folder = merged_model(ladder, after, place.parent / "tax_merged" / f"{split}_{name}", settings, seed)
-            steps[f"{name}_eval"] = evaluation(str(folder), "asked", split, samples)
+            steps[f"{name}_eval"] = evaluation(str(folder), "asked", split, SAMPLES)
     align_run(document, place)
     found: dict[str, Any] = {"before": scores(place / "before_eval")}
     for (training, method), name in models.items():
@@ -224,21 +224,21 @@ def main() -> None:
         options.plot.write_text(drawn(json.loads(options.save.read_text())["mean"], TRAINED, OTHERS))
         return
     about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()}
-    about |= {"trained": TRAINED, "others": OTHERS, "trainings": TRAININGS}
+    about |= {"trained": TRAINED, "others": OTHERS, "trainings": TRAININGS, "prompts": HELD_OUT, "samples": SAMPLES}
     if options.tune:
         seed = options.seeds[0]
-        found = run(seed, options.out, "dev", 2, TRIED, MERGED_TRIED)
-        told = {"split": "dev", "samples": 2, "seed": seed, "methods": TRIED, "merges": MERGED_TRIED, "runs": found}
+        found = run(seed, options.out, "dev", TRIED, dict.fromkeys(TRAININGS, MERGED_TRIED))
+        told = {"split": "dev", "seed": seed, "methods": TRIED, "merges": MERGED_TRIED, "runs": found}
         save(options.save, {"tried": about | told})
         print(table(summary({seed: found})))
         return
     about["what"] = (
         "points of verified score gained and lost against rejection_sft, test split of the tiny world, paired"
     )
-    about |= {"samples": SAMPLES, "methods": METHODS, "merges": MERGES}
+    about |= {"methods": METHODS, "merges": MERGES}
     seeds: dict[int, Any] = {}
     for seed in options.seeds:
-        seeds[seed] = run(seed, options.out, "test", SAMPLES, METHODS, MERGES)
+        seeds[seed] = run(seed, options.out, "test", METHODS, MERGES)
         save(options.save, about | {"seeds": seeds, "mean": summary(seeds)})
     print(table(summary(seeds)))
 
