@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def seconds(about: Manifest) -> dict[str, Any]:
 def ideal(about: Manifest) -> float:
     """The synchronous step's time less what could lie under the training and the look of the episode before."""
     parts = [record["seconds"] for record in about.summary["episodes"]]
-    under = [min(after["samples"], one["steps"] + one["look"]) for one, after in zip(parts, parts[1:], strict=False)]
+    under = [min(after["samples"], one["steps"] + one["look"]) for one, after in pairwise(parts)]
     return round(about.seconds - sum(under), 1)
 
 
