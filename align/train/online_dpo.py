@@ -95,8 +95,9 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         )
     models.save_policy(online, tokenizer, tools.out / "model", config, policy)
     about = adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
-    about |= merging_figures(config, online.step) | {"start": start.figures()}
-    return Result(summary=summary(online) | about)
+    found = summary(online)
+    about |= merging_figures(config, online.step, found.get("warnings", ())) | {"start": start.figures()}
+    return Result(summary=found | about)
 
 
 def check_asynchronous(config: Config, tools: Tools, processes: int) -> None:

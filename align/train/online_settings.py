@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.core.stage import StageConfig
 from align.train.settings import DPOSettings
 from reward.judge import JudgeConfig
 from reward.pairs import Strategy
@@ -15,27 +16,8 @@ PARTS: tuple[Part, ...] = ("verifier", "reward_model", "judge")
 """Who may score a completion."""
 
 
-class Config(DPOSettings, JudgeConfig):
-    """Names as in `dpo`; an episode samples, scores, pairs and updates."""
-
-    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate; one schedule over all episodes")
-    epochs: float = Field(1.0, gt=0, description="passes over the pairs of an episode")
-    max_length: int = Field(8192, ge=8, description="longest prompt with either completion, in tokens; longer: no pair")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
-    nll_weight: float = Field(
-        0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
-    )
-
-    reference_at: Literal["start", "episode"] = Field(
-        "start",
-        description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
-        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)",
-    )
-    asynchronous: bool = Field(
-        False,
-        description="a second process samples an episode while the one before it is trained: samples are one "
-        "episode stale",
-    )
+class Episodes(StageConfig):
+    """How an episode comes about: prompts, samples, scores, pairs."""
 
     episodes: int = Field(3, ge=1, description="rounds of sampling and updating")
     prompts_per_episode: int = Field(4096, ge=1, description="prompts whose samples may be paired in an episode")
@@ -65,9 +47,6 @@ class Config(DPOSettings, JudgeConfig):
         ["math", "code", "constraints", "follow", "exact", "tags"],
         description="tasks whose verifier is asked under mix and weighted; others go to who else scores",
     )
-    judge_threshold: float = Field(
-        1.0, description="a completion that the judge gives less is never chosen; the lowest score: all may be"
-    )
     pairing: Strategy = Field(
         "max_min",
         description="max_min: a prompt's best against its worst (the report, 4.3); max_random: its best against one "
@@ -84,6 +63,38 @@ class Config(DPOSettings, JudgeConfig):
     )
     missing_end_penalty: float = Field(
         0.0, ge=0, description="taken off the reward of a completion that was cut off; 1 is open-instruct's"
+    )
+
+    reference_at: Literal["start", "episode"] = Field(
+        "start",
+        description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
+        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="a second process samples an episode while the one before it is trained: samples are one "
+        "episode stale",
+    )
+
+    @model_validator(mode="after")
+    def _there_is_an_episode_to_sample_ahead(self) -> Self:
+        if self.asynchronous and self.episodes == 1:
+            raise ValueError("asynchronous has no effect with episodes 1; set episodes to 2 or more, or leave it out")
+        return self
+
+
+class Config(JudgeConfig, DPOSettings, Episodes):
+    """Names as in `dpo`; an episode samples, scores, pairs and updates."""
+
+    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate; one schedule over all episodes")
+    epochs: float = Field(1.0, gt=0, description="passes over the pairs of an episode")
+    max_length: int = Field(8192, ge=8, description="longest prompt with either completion, in tokens; longer: no pair")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    nll_weight: float = Field(
+        0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
+    )
+    judge_threshold: float = Field(
+        1.0, description="a completion that the judge gives less is never chosen; the lowest score: all may be"
     )
 
     probe_prompts: int = Field(

@@ -107,14 +107,12 @@ def positions(key: str, size: int, keep: float, device: Any) -> Tensor:
         return torch.arange(size, device=device)
     random = generator(key, device)
     few = int(size * keep + 6 * math.sqrt(size * keep) + 16)  # enough in all but one of a billion draws
-    found = torch.zeros(0, dtype=torch.float64, device=device)
-    last = -1.0
-    while last < size:
-        even = torch.rand(few, dtype=torch.float64, device=device, generator=random)
-        gaps = even.log_().mul_(1 / math.log1p(-keep)).ceil_().clamp_(min=1)
-        found = torch.cat([found, gaps.cumsum(0) + last])
-        last = float(found[-1])
-    return found[: int(torch.searchsorted(found, float(size)))].long()
+    found = torch.full((1,), -1, device=device)
+    while int(found[-1]) < size:
+        even = torch.rand(few, device=device, generator=random)
+        gaps = even.clamp_(min=1e-9).log_().mul_(1 / math.log1p(-keep)).ceil_().clamp_(min=1)
+        found = torch.cat([found, gaps.long().cumsum_(0).add_(found[-1])])
+    return found[1 : int(torch.searchsorted(found, size))]
 
 
 class Quantiles:
@@ -131,7 +129,7 @@ class Quantiles:
     """
 
     def __init__(
-        self, names: Sequence[str], layout: Layout, keep: float, seed: int, device: Any, least: int = 64
+        self, names: Sequence[str], layout: Layout, keep: float, seed: int, device: Any, least: int = 40
     ) -> None:
         most = max(4096, math.ceil(least / keep))
         sizes = [min(shard.whole, most) for shard in layout.shards]
