@@ -36,6 +36,10 @@ class Episodes(StageConfig):
     top_p: float = Field(1.0, gt=0, le=1, description="of the samples; 1 is off")
     max_tokens: int = Field(1024, ge=1, description="most new tokens; a completion cut there is never chosen")
 
+    max_error_share: float = Field(
+        0.1, ge=0, le=1, description="stop when more than this share of an episode's completions could not be sampled"
+    )
+
     scorer: Literal["mix", "reward_model", "verifier", "judge", "weighted"] = Field(
         "mix",
         description="who scores: the verifier of a prompt's task where it has one, and else the reward model, or the "
