@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from ladder import mean_and_error
 from machine import machine
-from rungs import HELD_OUT, align_run, difference, evaluation, made, manifest, scores
+from rungs import align_run, difference, evaluation, made, manifest, save, scores
 from safetensors.torch import load_file, save_file
 from tax_plot import drawn
 
@@ -35,7 +35,9 @@ from align.core.store import TINY, Table
 RUNGS = ("rejection_sft", "preferences")
 TRAINED = ("format", "benign", "harmful")
 OTHERS = ("math", "code", "tag")
-SAMPLES = 4
+HELD_OUT = {"math": 100, "code": 50, "format": 100, "tag": 100, "benign": 50, "harmful": 50}
+SAMPLES = 2
+"""Of a prompt at temperature 1."""
 
 Weights = dict[str, torch.Tensor]
 
@@ -91,17 +93,24 @@ def merging(kind: str, keep: float, alpha: float, as_in: str) -> dict[str, Any]:
     return {"merging": kind, "merging_keep": keep, "merging_alpha": alpha, "merging_as_in": as_in}
 
 
-TRIED: dict[str, dict[str, Any]] = {
-    "AdamW": {},
-    "NLL 1.0": {"nll_weight": 1.0},
-    "OnDARE code 0.5 1e-3": merging("ondare", 0.5, 1e-3, "code"),
-    "OnDARE code 0.5 5e-3": merging("ondare", 0.5, 5e-3, "code"),
-    "OnDARE code 0.1 1e-3": merging("ondare", 0.1, 1e-3, "code"),
-    "OnDARE paper 0.5 1e-3": merging("ondare", 0.5, 1e-3, "paper"),
-    "OnTIES code 0.5 1e-3": merging("onties", 0.5, 1e-3, "code"),
-    "OnTIES code 0.5 5e-3": merging("onties", 0.5, 5e-3, "code"),
-    "OnTIES code 0.1 1e-3": merging("onties", 0.1, 1e-3, "code"),
-    "OnTIES paper 0.5 1e-3": merging("onties", 0.5, 1e-3, "paper"),
+ADAMW: dict[str, dict[str, Any]] = {"AdamW": {}, "NLL 1.0": {"nll_weight": 1.0}}
+TRIED: dict[str, dict[str, dict[str, Any]]] = {
+    "gentle": ADAMW,
+    "harsh": ADAMW
+    | {
+        "OnDARE code 0.5 1e-3": merging("ondare", 0.5, 1e-3, "code"),
+        "OnDARE code 0.5 5e-3": merging("ondare", 0.5, 5e-3, "code"),
+        "OnDARE code 0.1 1e-3": merging("ondare", 0.1, 1e-3, "code"),
+        "OnDARE paper 0.5 1e-3": merging("ondare", 0.5, 1e-3, "paper"),
+        "OnTIES code 0.5 1e-3": merging("onties", 0.5, 1e-3, "code"),
+        "OnTIES code 0.5 5e-3": merging("onties", 0.5, 5e-3, "code"),
+        "OnTIES code 0.1 1e-3": merging("onties", 0.1, 1e-3, "code"),
+        "OnTIES paper 0.5 1e-3": merging("onties", 0.5, 1e-3, "paper"),
+        "AdamW at half the rate": {"learning_rate": 2.5e-4},
+        "OnDARE paper 0.5 0": merging("ondare", 0.5, 0.0, "paper"),
+        "OnTIES code 0.1 0": merging("onties", 0.1, 0.0, "code"),
+        "OnTIES paper 0.1 1e-3": merging("onties", 0.1, 1e-3, "paper"),
+    },
 }
 """Settings of `dpo` beside those of the training; of the optimizer: variant, keep, alpha."""
 MERGED_TRIED: dict[str, dict[str, Any]] = {
@@ -111,8 +120,14 @@ MERGED_TRIED: dict[str, dict[str, Any]] = {
 }
 """Arguments of `merge`, on AdamW's model."""
 
-METHODS = TRIED
-MERGES = MERGED_TRIED
+CHOSEN = ("AdamW", "NLL 1.0", "OnDARE paper 0.5 1e-3", "OnTIES code 0.1 1e-3")
+CONTROLS = ("AdamW at half the rate", "OnDARE code 0.5 1e-3", "OnDARE paper 0.5 0", "OnTIES code 0.1 0")
+METHODS = {
+    "gentle": {name: TRIED["harsh"][name] for name in CHOSEN},
+    "harsh": {name: TRIED["harsh"][name] for name in (*CHOSEN, *CONTROLS)},
+}
+"""What was chosen on dev; where the tax is, with its controls: as small a step by AdamW, the other variant, no tau."""
+MERGES = {"harsh": {name: MERGED_TRIED[name] for name in ("linear 0.5", "dare 0.5", "ties 0.5")}}
 
 
 def trained_pairs(ladder: Path, file: Path) -> Path:
@@ -136,31 +151,31 @@ def merged_model(ladder: Path, after: Path, folder: Path, settings: Mapping[str,
     return folder
 
 
-def run(
-    seed: int, out: Path, split: str, samples: int, methods: Mapping[str, Any], merges: Mapping[str, Any]
-) -> dict[str, Any]:
+def run(seed: int, out: Path, split: str, methods: Mapping[str, Any], merges: Mapping[str, Any]) -> dict[str, Any]:
     """One seed, from its ladder to gain and tax of each method under each training."""
     ladder = made(seed, out, RUNGS)
     place = out / str(seed) / f"tax_{split}"
     pairs = str(trained_pairs(ladder, place.parent / "tax_pairs.jsonl"))
     asked = {"stage": "prompts", "with": {"source": {"tiny": {"families": HELD_OUT, "split": split, "seed": 1000}}}}
     policy = str(ladder / "rejection_sft")
-    steps = {"asked": asked, "before_eval": evaluation(policy, "asked", split, samples)}
+    steps = {"asked": asked, "before_eval": evaluation(policy, "asked", split, SAMPLES)}
     models: dict[tuple[str, str], str] = {}
-    for training, harshness in TRAININGS.items():
-        for number, (method, settings) in enumerate(methods.items()):
+    for training, rate in TRAININGS.items():
+        for number, (method, settings) in enumerate(methods[training].items()):
             name = models[training, method] = f"{training}_{number}"
-            inputs = {"policy": policy, "preferences": pairs} | ({"base": "tiny"} if "merging" in settings else {})
-            steps[name] = {"stage": "dpo", "in": inputs, "with": COMMON | harshness | settings}
-            steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, samples)
+            inputs = {"policy": policy, "preferences": pairs} | (
+                {"base": "tiny"} if settings.get("merging_alpha") else {}
+            )
+            steps[name] = {"stage": "dpo", "in": inputs, "with": COMMON | rate | settings}
+            steps[f"{name}_eval"] = evaluation(f"step:{name}", "asked", split, SAMPLES)
     document = {"name": f"tax-{seed}", "seed": seed, "steps": steps}
     align_run(document, place)
-    for training in TRAININGS:
+    for training, every in merges.items():
         after = place / models[training, "AdamW"] / "model"
-        for number, (method, settings) in enumerate(merges.items()):
+        for number, (method, settings) in enumerate(every.items()):
             name = models[training, method] = f"{training}_merged_{number}"
             folder = merged_model(ladder, after, place.parent / "tax_merged" / f"{split}_{name}", settings, seed)
-            steps[f"{name}_eval"] = evaluation(str(folder), "asked", split, samples)
+            steps[f"{name}_eval"] = evaluation(str(folder), "asked", split, SAMPLES)
     align_run(document, place)
     found: dict[str, Any] = {"before": scores(place / "before_eval")}
     for (training, method), name in models.items():
@@ -205,39 +220,26 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="what was tried, on the dev split of the first seed")
     parser.add_argument("--plot", type=Path, default=None, help="SVG file to draw from what was saved; runs nothing")
     options = parser.parse_args()
-    result = json.loads(options.save.read_text()) if options.save.exists() else {}
     if options.plot:
-        options.plot.write_text(drawn(result["mean"], TRAINED, OTHERS))
+        options.plot.write_text(drawn(json.loads(options.save.read_text())["mean"], TRAINED, OTHERS))
         return
     about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()}
-    about |= {"trained": TRAINED, "others": OTHERS, "trainings": TRAININGS}
+    about |= {"trained": TRAINED, "others": OTHERS, "trainings": TRAININGS, "prompts": HELD_OUT, "samples": SAMPLES}
     if options.tune:
         seed = options.seeds[0]
-        seeds = {seed: run(seed, options.out, "dev", 2, TRIED, MERGED_TRIED)}
-        told = {
-            "split": "dev",
-            "samples": 2,
-            "seed": seed,
-            "methods": TRIED,
-            "merges": MERGED_TRIED,
-            "runs": seeds[seed],
-        }
-        result["tried"] = about | told
-    else:
-        what = "points of verified score gained and lost against rejection_sft, test split of the tiny world, paired"
-        seeds = {}
-        for seed in options.seeds:
-            seeds[seed] = run(seed, options.out, "test", SAMPLES, METHODS, MERGES)
-        told = {
-            "what": what,
-            "samples": SAMPLES,
-            "methods": METHODS,
-            "merges": MERGES,
-            "seeds": seeds,
-            "mean": summary(seeds),
-        }
-        result |= about | told
-    options.save.write_text(json.dumps(result, indent=2) + "\n")
+        found = run(seed, options.out, "dev", TRIED, dict.fromkeys(TRAININGS, MERGED_TRIED))
+        told = {"split": "dev", "seed": seed, "methods": TRIED, "merges": MERGED_TRIED, "runs": found}
+        save(options.save, {"tried": about | told})
+        print(table(summary({seed: found})))
+        return
+    about["what"] = (
+        "points of verified score gained and lost against rejection_sft, test split of the tiny world, paired"
+    )
+    about |= {"methods": METHODS, "merges": MERGES}
+    seeds: dict[int, Any] = {}
+    for seed in options.seeds:
+        seeds[seed] = run(seed, options.out, "test", METHODS, MERGES)
+        save(options.save, about | {"seeds": seeds, "mean": summary(seeds)})
     print(table(summary(seeds)))
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 def longer(policy: Path, folder: Path) -> Path:
     """A reward model that counts tokens, in hundreds: each has the log-probability -log(vocabulary)."""
-    import math
-
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(policy)

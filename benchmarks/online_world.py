@@ -10,7 +10,7 @@ The first command runs, from each seed's DPO policy (the quickstart's ladder, fo
     verifier        verifiers alone
     rejection       online rejection sampling: SFT on the best completion of each pair of mix (only the loss differs)
 
-with the same prompts, samples, episodes and seed; and evaluates each on the test split, greedily and by `SAMPLES`
+with the same prompts, samples, episodes and seed; and evaluates each on the test split, greedily and by `--samples`
 samples a prompt at temperature 1. The bar, set before any of these seeds was run: on every seed mix is better than
 offline DPO at T=1 (the paired 95% interval, clustered by prompt, lies above 0) and no worse greedily (that interval is
 not wholly below 0, and the mean over seeds is not below 0).
@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 from ladder import recipe as ladder_recipe
 from machine import machine
-from rungs import HELD_OUT, align_run, difference, evaluation, made, manifest, scores
+from rungs import HELD_OUT, align_run, difference, evaluation, made, manifest, save, scores
 
 from align.core.manifest import versions
 
-SAMPLES = 8
 RUNGS = ("dpo", "reward_model")
 SFT = {"losses": ["sft"], "nll_weight": 0.0}
 """In place of DPO's loss: the mean negative log-likelihood of the chosen."""
@@ -80,7 +78,7 @@ def run(seed: int, out: Path, runs: dict[str, dict[str, Any]], split: str, sampl
     """One seed, from its ladder to the figures of each run."""
     ladder = made(seed, out, RUNGS)
     folder = align_run(recipe(seed, ladder, runs, split, samples), out / str(seed) / f"online_{split}")
-    found: dict[str, Any] = {"dpo": {"scores": scores(folder / "dpo_eval")}}
+    found: dict[str, Any] = {"dpo": {"scores": scores(folder / "dpo_eval"), "samples": samples}}
     for name in runs:
         about = manifest(folder / name)
         found[name] = {
@@ -113,40 +111,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[41, 42, 43, 44])
     parser.add_argument("--out", type=Path, default=Path("runs/world"))
-    parser.add_argument("--save", type=Path, default=None, help="JSON file for the figures; what else it holds is kept")
+    parser.add_argument("--save", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--samples", type=int, default=4, help="of a prompt at temperature 1")
     parser.add_argument("--tune", action="store_true", help="what was tried, on the dev split of the first seed")
     options = parser.parse_args()
-    result = json.loads(options.save.read_text()) if options.save and options.save.exists() else {}
-    about = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()}
+    about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions()}
+    about["settings"] = ladder_recipe(1)["steps"]["online_dpo"]["with"]
     if options.tune:
         seed = options.seeds[0]
-        runs = {f"try_{number}": settings for number, settings in enumerate(TRIED.values())}
-        label = dict(zip(runs, TRIED, strict=True))
-        found = {label.get(name, name): one for name, one in run(seed, options.out, runs, "dev", 4).items()}
-        shown = {seed: found}
-        told = {name: one | {"settings": TRIED.get(name)} for name, one in found.items()}
-        result["tried"] = about | {
-            "split": "dev",
-            "seed": seed,
-            "samples": 4,
-            "chosen": ladder_recipe(seed)["steps"]["online_dpo"]["with"],
-            "runs": told,
+        names = {f"try_{number}": name for number, name in enumerate(TRIED)}
+        runs = {step: TRIED[name] for step, name in names.items()}
+        found = {
+            names.get(step, step): one for step, one in run(seed, options.out, runs, "dev", options.samples).items()
         }
-    else:
-        shown = {}
-        for seed in options.seeds:
-            shown[seed] = run(seed, options.out, FINAL, "test", SAMPLES)
-            what = "verified score in % on 750 test instructions of the tiny world; differences are paired, in points"
-            told = {
-                "what": what,
-                "samples": SAMPLES,
-                "settings": ladder_recipe(seed)["steps"]["online_dpo"]["with"],
-                "runs": FINAL,
-            }
-            result |= about | told | {"seeds": shown, "bar": bar(shown)}
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(shown))
+        told = {"split": "dev", "seed": seed, "changes": TRIED, "runs": found}
+        save(options.save, {"tried": about | told})
+        print(table({seed: found}))
+        return
+    about["what"] = "verified score in % on 750 test instructions of the tiny world; differences are paired, in points"
+    about["changes"] = FINAL
+    seeds: dict[int, Any] = {}
+    for seed in options.seeds:
+        seeds[seed] = run(seed, options.out, FINAL, "test", options.samples)
+        save(options.save, about | {"bar": bar(seeds), "seeds": seeds})
+    print(table(seeds))
 
 
 def table(found: dict[int, dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ seed in all that is drawn for training.
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -99,3 +100,9 @@ def _by_prompt(step: Path, families: Sequence[str]) -> dict[tuple[str, str], flo
         if not families or row["family"] in families:
             verdicts.setdefault((row["mode"], row["prompt_id"]), []).append(row["verdict"] == "passed")
     return {key: sum(passed) / len(passed) for key, passed in verdicts.items()}
+
+
+def save(file: Path, result: dict[str, Any]) -> None:
+    """Writes figures into a JSON file; what else it holds is kept."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(kept | result, indent=2) + "\n")

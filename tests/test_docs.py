@@ -19,6 +19,7 @@ from align.settings import stage_keys
 from align.shipped import name_of, shipped
 from align.stages import TABLE, load
 from align.tiny.make import make
+from align.train.replay import CHANGEABLE
 from align.yamlfile import split_argument
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,8 @@ def problems_of_stage(verb: str, words: list[str]) -> list[str]:
     known = {*stage_keys(stage), *ALWAYS, *(["processes"] if stage.trains else [])}
     for option in annotation.SETTINGS.keys() & set(words) if verb == "rank" else ():
         known = set(annotation.SETTINGS[option].model_fields)  # another command under the same verb
+    if verb == "replay" and "=" not in words[0]:
+        known |= set(CHANGEABLE)  # `align replay FOLDER` takes them for changes
     arguments = [word for word in words if not word.startswith("-") and word not in ("…", "...")]
     if arguments and "=" not in arguments[0]:
         arguments = arguments[1:]  # FILE.yaml

@@ -71,7 +71,7 @@ def start(file: Path, out: Path, *arguments: str) -> forked.Forked:
 
 
 def wait_for(condition: Callable[[], bool], process: forked.Forked | subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until

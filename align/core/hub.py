@@ -30,8 +30,8 @@ def hub_problem(name: str, data: bool = False) -> str:
     """
     from huggingface_hub import constants
 
-    known = _dataset_is_here(name) if data else _model_is_here(name)
-    if constants.HF_HUB_OFFLINE or known or Path(name).exists() or not HUB_ID.fullmatch(name):
+    offline, known = _dataset(name) if data else (constants.HF_HUB_OFFLINE, _model_is_here(name))
+    if offline or known or Path(name).exists() or not HUB_ID.fullmatch(name):
         return ""
     problem = _unreachable(str(constants.ENDPOINT))
     if not problem:
@@ -59,10 +59,12 @@ def _model_is_here(name: str) -> bool:
     return any(Path(HF_HUB_CACHE).glob(f"models--{name.replace('/', '--')}/snapshots/*/*"))
 
 
-def _dataset_is_here(name: str) -> bool:
-    from datasets.config import HF_DATASETS_CACHE
+def _dataset(name: str) -> tuple[bool, bool]:
+    """Whether the library of datasets is told to stay offline, and whether it has this one."""
+    from datasets import config
 
-    return any(Path(HF_DATASETS_CACHE).glob(f"{name.replace('/', '___')}/*"))
+    here = any(Path(config.HF_DATASETS_CACHE).glob(f"{name.replace('/', '___')}/*"))
+    return bool(config.HF_HUB_OFFLINE), here
 
 
 @cache

@@ -166,8 +166,8 @@ def _saved(path: Path) -> list[Part]:
 def _hub(source: str, config: str | None, revision: str | None) -> list[Part]:
     import datasets
 
-    if problem := hub_problem(source, data=True):
-        raise DataError(f"{source}: {problem}")
+    if wrong := hub_problem(source, data=True):
+        raise DataError(f"{source}: {wrong}")
     try:
         found = datasets.load_dataset(source, config, revision=revision)
     except Exception as problem:  # the library raises its own, the Hub client's and Python's

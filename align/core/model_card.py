@@ -24,11 +24,17 @@ from align.core.writer import replace_file
 
 PICTURE = "curves.svg"
 MOST_CHARTS = 9
-_TRL_TAGS = {"sft": ["trl", "sft"], "dpo": ["trl", "dpo"], "online-dpo": ["trl", "dpo", "online-dpo"]}
+_TRL_TAGS = {
+    "sft": ["trl", "sft"],
+    "dpo": ["trl", "dpo"],
+    "online-dpo": ["trl", "dpo", "online-dpo"],
+    "replay": ["trl", "dpo"],
+}
 _SPOKEN = {
     "sft": "fine-tuned on demonstrations",
     "dpo": "trained to prefer the chosen completion to the rejected one (DPO, arXiv:2305.18290)",
     "online-dpo": "trained on pairs of its own completions, episode by episode (online DPO, arXiv:2407.10671)",
+    "replay": "trained on the pairs that an online DPO run has sampled (a replay)",
 }
 
 

@@ -89,10 +89,9 @@ def check_guards(config: Config, inputs: Mapping[str, Table | ModelRef]) -> None
             "online-dpo: second_reward_model is for the guards, and probe_prompts is 0: they don't look; give "
             "prompts to look at, or leave the model out"
         )
-    same = isinstance(first, ModelRef) and isinstance(second, ModelRef) and first.fingerprint == second.fingerprint
-    if same:
+    if isinstance(first, ModelRef) and isinstance(second, ModelRef) and first.fingerprint == second.fingerprint:
         raise ModelError(
-            f"online-dpo: second_reward_model is the reward model itself ({second.name}), and tells nothing new; "  # type: ignore[union-attr]
+            f"online-dpo: second_reward_model is the reward model itself ({second.name}), and tells nothing new; "
             "give one of another start, seed or data, or leave it out"
         )
     if isinstance(prompts, Table) and config.kind != "kind" and config.kind not in prompts.columns:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from align.core.stage import StageConfig
 from align.train.settings import DPOSettings
 from reward.judge import JudgeConfig
 from reward.pairs import Strategy
@@ -14,28 +15,12 @@ Part = Literal["verifier", "reward_model", "judge"]
 PARTS: tuple[Part, ...] = ("verifier", "reward_model", "judge")
 """Who may score a completion."""
 
+Verified = Literal["math", "code", "follow", "constraints", "exact", "tags", "principle"]
+"""Tasks that a program verifies: those of `reward.verifiers.VERIFIERS`."""
 
-class Config(DPOSettings, JudgeConfig):
-    """Names as in `dpo`; an episode samples, scores, pairs and updates."""
 
-    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate; one schedule over all episodes")
-    epochs: float = Field(1.0, gt=0, description="passes over the pairs of an episode")
-    max_length: int = Field(8192, ge=8, description="longest prompt with either completion, in tokens; longer: no pair")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
-    nll_weight: float = Field(
-        0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
-    )
-
-    reference_at: Literal["start", "episode"] = Field(
-        "start",
-        description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
-        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)",
-    )
-    asynchronous: bool = Field(
-        False,
-        description="a second process samples an episode while the one before it is trained: samples are one "
-        "episode stale",
-    )
+class Episodes(StageConfig):
+    """How an episode comes about: prompts, samples, scores, pairs."""
 
     episodes: int = Field(3, ge=1, description="rounds of sampling and updating")
     prompts_per_episode: int = Field(4096, ge=1, description="prompts whose samples may be paired in an episode")
@@ -61,12 +46,9 @@ class Config(DPOSettings, JudgeConfig):
         description="under weighted, the weight of each that scores; its scores are standardised over the episode, and "
         "a prompt without a verifier is scored by the others, as {verifier: 1, reward_model: 0.5}",
     )
-    verified_tasks: list[str] = Field(
+    verified_tasks: list[Verified] = Field(
         ["math", "code", "constraints", "follow", "exact", "tags"],
         description="tasks whose verifier is asked under mix and weighted; others go to who else scores",
-    )
-    judge_threshold: float = Field(
-        1.0, description="a completion that the judge gives less is never chosen; the lowest score: all may be"
     )
     pairing: Strategy = Field(
         "max_min",
@@ -86,6 +68,38 @@ class Config(DPOSettings, JudgeConfig):
         0.0, ge=0, description="taken off the reward of a completion that was cut off; 1 is open-instruct's"
     )
 
+    reference_at: Literal["start", "episode"] = Field(
+        "start",
+        description="whose log-probabilities the losses go by: the reference model's, or the policy's own at "
+        "the start of each episode (it may then go farther; the guards' KL is from the reference model in any case)",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="a second process samples an episode while the one before it is trained: samples are one "
+        "episode stale",
+    )
+
+    @model_validator(mode="after")
+    def _there_is_an_episode_to_sample_ahead(self) -> Self:
+        if self.asynchronous and self.episodes == 1:
+            raise ValueError("asynchronous has no effect with episodes 1; set episodes to 2 or more, or leave it out")
+        return self
+
+
+class Config(JudgeConfig, DPOSettings, Episodes):
+    """Names as in `dpo`; an episode samples, scores, pairs and updates."""
+
+    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate; one schedule over all episodes")
+    epochs: float = Field(1.0, gt=0, description="passes over the pairs of an episode")
+    max_length: int = Field(8192, ge=8, description="longest prompt with either completion, in tokens; longer: no pair")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    nll_weight: float = Field(
+        0.2, ge=0, description="weight of the chosen's negative log-likelihood per token: holds its probability up"
+    )
+    judge_threshold: float = Field(
+        1.0, description="a completion that the judge gives less is never chosen; the lowest score: all may be"
+    )
+
     probe_prompts: int = Field(
         200, ge=0, description="held-out prompts (dev split) on which the guards look after each episode; 0 is no guard"
     )
@@ -93,15 +107,24 @@ class Config(DPOSettings, JudgeConfig):
         "kind", description="the column that says whether a prompt is benign (safe, harmless) or harmful (unsafe)"
     )
     max_score_drop: float = Field(
-        5.0, gt=0, description="points of verified score below the best so far; .inf turns this guard off, or another"
+        5.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="points of verified score below the best so far; .inf turns this guard off, or another",
     )
-    max_family_drop: float = Field(25.0, gt=0, description="points of one family's score below the best so far")
+    max_family_drop: float = Field(
+        25.0, gt=0, allow_inf_nan=True, description="points of one family's score below the best so far"
+    )
     max_kind_drop: float = Field(
-        10.0, gt=0, description="points of benign help, or of harmful refusal, below the best so far"
+        10.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="points of benign help, or of harmful refusal, below the best so far",
     )
     max_second_drop: float = Field(
         0.25,
         gt=0,
+        allow_inf_nan=True,
         description="fall of the second reward below its best so far, in standard deviations of the start's answers",
     )
     min_sigmas: float = Field(
@@ -109,13 +132,18 @@ class Config(DPOSettings, JudgeConfig):
         ge=0,
         description="such a drop counts from so many of its own standard errors on, paired over the prompts; 0: always",
     )
-    max_length_ratio: float = Field(2.0, gt=1, description="mean length of the samples against the start's")
+    max_length_ratio: float = Field(
+        2.0, gt=1, allow_inf_nan=True, description="mean length of the samples against the start's"
+    )
     min_length_ratio: float = Field(0.33, ge=0, lt=1, description="the same, for samples that shrink; 0 is off")
-    max_chosen_drop: float = Field(20.0, gt=0, description="nats that the chosen lost against the reference")
-    max_kl: float = Field(100.0, gt=0, description="nats a completion from the reference")
+    max_chosen_drop: float = Field(
+        20.0, gt=0, allow_inf_nan=True, description="nats that the chosen lost against the reference"
+    )
+    max_kl: float = Field(100.0, gt=0, allow_inf_nan=True, description="nats a completion from the reference")
     max_sampler_gap: float = Field(
         0.1,
         gt=0,
+        allow_inf_nan=True,
         description="nats a token between the sampler's log-probabilities and the trainer's; beyond, it stops",
     )
     after_rollback: Literal["go_on", "stop"] = Field(

@@ -265,8 +265,8 @@ class OnlineDPO(DPO):
         try:
             self.engine.take(self.model, self.step)
             yield
+            self.engine.rest()  # not after an error, which it would hide: an engine can't sleep amid samples
         finally:
-            self.engine.rest()
             self.model.train(training)
 
     # --- what is on disk --------------------------------------------------------------------------------------------

@@ -16,12 +16,15 @@ may have many of them after one run.
 from __future__ import annotations
 
 import filecmp
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from align.core.errors import DataError, RecipeError, RunError
 from align.core.manifest import Manifest
@@ -51,8 +54,9 @@ class Config(StageConfig):
     @classmethod
     def _need_no_samples(cls, changes: dict[str, Any]) -> dict[str, Any]:
         may = f"a replay may change {', '.join(CHANGEABLE)}"
-        if unknown := sorted(set(changes) - set(OnlineConfig.model_fields)):
-            raise ValueError(f"online-dpo has no setting {', '.join(unknown)}; {may}")
+        for name in sorted(set(changes) - set(OnlineConfig.model_fields)):
+            near = get_close_matches(name, CHANGEABLE, 1)
+            raise ValueError(f"online-dpo has no setting {name}; " + (f"did you mean '{near[0]}'?" if near else may))
         if deaf := sorted(set(changes) - set(CHANGEABLE)):
             raise ValueError(
                 f"{', '.join(deaf)} would need new samples, or is of the guards, which don't look here: run online-dpo "
@@ -63,8 +67,6 @@ class Config(StageConfig):
 
 def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) -> Result:
     """Trains a policy on written episodes and writes it to `tools.out / "model"`."""
-    from dataclasses import replace
-
     from align.train import adapters, models
     from align.train.online_start import replay_start_of
     from align.train.preference import dpo_arguments
@@ -109,14 +111,17 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         "episodes": replayed.records,
         "replayed": {"run": recorded.step, "fingerprint": recorded.fingerprint, "changes": dict(config.changes)},
     }
-    if not config.changes:
-        about["same_weights"] = same_weights(tools.out / "model", Path(config.run).expanduser() / "model")
+    if config.changes:
+        what = ", ".join(f"{name}={value}" for name, value in config.changes.items())
         told = (
-            "are the run's, bit by bit"
-            if about["same_weights"]
-            else ("differ from the run's: another machine, number of threads, precision, micro batch, or a GPU")
+            f"an offline study of the run's own pairs, with {what}; under these settings it would have sampled others"
         )
-        tools.progress.say(f"the weights {told}")
+    else:
+        about["same_weights"] = same_weights(tools.out / "model", Path(config.run).expanduser() / "model")
+        told = "the weights are the run's, bit by bit"
+        if not about["same_weights"]:
+            told = "the weights differ from the run's: by another machine, number of threads, precision or micro batch"
+    tools.progress.say(told)
     return Result(summary=about)
 
 
@@ -147,10 +152,6 @@ def settings_of(recorded: Manifest, changes: Mapping[str, Any]) -> OnlineConfig:
     Raises:
         RecipeError: they don't go together.
     """
-    import json
-
-    from pydantic import ValidationError
-
     try:
         return OnlineConfig.model_validate_json(json.dumps(recorded.settings | dict(changes)))
     except ValidationError as invalid:

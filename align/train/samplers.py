@@ -27,6 +27,7 @@ from align.core.engines.openai_engine import OpenAIEngine
 from align.core.engines.transformers_engine import TransformersEngine
 from align.core.engines.vllm_server import read_weights
 from align.core.errors import EngineError, ModelError, RecipeError
+from align.core.records import Messages
 from align.core.stage import Tools
 from align.core.store import ModelRef
 from align.train.models import source_dtype
@@ -296,10 +297,11 @@ class Served:
         Raises:
             EngineError: the server gave no samples with ids and log-probabilities.
         """
-        prompt = prompt_ids(self.tokenizer, [{"role": "user", "content": "Count from one to ten."}])
-        params = SamplingParams(max_tokens=16, logprobs=True, seed=self._sent)
+        question: Messages = [{"role": "user", "content": "Count from one to ten."}]
+        prompt = prompt_ids(self.tokenizer, question)
+        params = SamplingParams(max_tokens=16, logprobs=True)
         each = len(self.engine.settings.addresses) * 4  # so that each of several servers answers some
-        done = [completion for *_, completion in self.sample([prompt] * each, 1, params, self._sent)]
+        done = [completion for *_, completion in self.sample([prompt], each, params)]
         for completion in done:
             if not completion.token_ids or completion.logprobs is None:
                 told = completion.error or "it tells no token ids, or no log-probabilities; vLLM 0.11 or newer does"

@@ -27,7 +27,8 @@ def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
         monkeypatch.setattr(hub, "WITHIN_S", 0.5)
         monkeypatch.chdir(tmp_path)
         hub._unreachable.cache_clear()
@@ -119,7 +120,7 @@ def test_a_name_that_is_no_folder_and_no_id_is_refused_without_asking_anybody(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_unreachable", lambda endpoint: pytest.fail("the Hub was asked"))
     (tmp_path / "runs" / "policy").mkdir(parents=True)
-    for name, hint in (("tinny", "did you mean tiny?"), ("thing", "tiny, tiny-writer are shipped"),
+    for name, hint in (("tinny", "did you mean tiny?"), ("judge", "tiny, tiny-writer are shipped"),
                        ("runs/polcy", "did you mean runs/policy?")):  # fmt: skip
         said = refused(command[0], name, *command[1:])
         assert said == (

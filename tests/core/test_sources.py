@@ -382,6 +382,7 @@ def test_the_splits_of_a_hub_dataset_become_ours_or_one_must_be_chosen(cache: Pa
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(parts))
 
     brought("train_sft", "test_sft")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # its name alone is known here
     table = open_source("owner/name", Kind.DEMONSTRATIONS, cache)
     assert [(row["source"], row["split"]) for row in table.rows()] == [("owner/name", "train")] * 2 + [
         ("owner/name", "test")

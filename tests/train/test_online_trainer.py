@@ -318,7 +318,7 @@ def test_a_replay_refuses_what_needs_new_samples_other_models_and_folders_withou
 ) -> None:
     with pytest.raises(ValueError, match=r"samples_per_prompt would need new samples.*may change .*learning_rate"):
         REPLAY.config(run=str(whole), changes={"samples_per_prompt": 2})
-    with pytest.raises(ValueError, match="online-dpo has no setting betta"):
+    with pytest.raises(ValueError, match="online-dpo has no setting betta; did you mean 'beta'"):
         REPLAY.config(run=str(whole), changes={"betta": 1.0})
     with pytest.raises(RecipeError, match=r"changes.beta: Input should be greater than 0"):
         replay(whole, tmp_path / "a", inputs, {"beta": -1.0})

@@ -26,7 +26,7 @@ from tests.core.sandbox.places import slot_or_skip
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="isolation is built for Linux"), pytest.mark.slow]
 
-CPU_S, WALL_S, IN_TIME_S = 0.5, 4.0, 15.0
+CPU_S, WALL_S, IN_TIME_S = 0.3, 4.0, 15.0
 SECRET = "the user's secret"
 
 
