@@ -9,7 +9,7 @@ base's names on the way; the live model itself is never merged and unmerged, whi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,10 @@ _KEPT = 0.5
 """What is left of each weight in a server's trial: a model so changed answers otherwise, whatever it is."""
 
 
+Sample = Callable[[Iterable[Prompt], int, SamplingParams, int], Iterator[tuple[int, int, Completion]]]
+"""`Engine.sample`."""
+
+
 class Sampler(Engine, Protocol):
     """An engine that samples from the policy that is being trained."""
 
@@ -62,7 +66,7 @@ def given(config: Config, tools: Tools, policy: ModelRef, tokenizer: Any, proces
         processes: how many train.
 
     Raises:
-        RecipeError: no weights can be brought to such an engine, or not from several processes.
+        RecipeError: no weights can be brought to such an engine, or not from several processes; or another role has it.
         ModelError: its model isn't the policy.
     """
     if "sampler" not in tools.engines:
@@ -78,10 +82,18 @@ def given(config: Config, tools: Tools, policy: ModelRef, tokenizer: Any, proces
             "to another engine; leave the engine out, or train adapters on unquantized weights"
         )
     engine = tools.engines["sampler"]
-    if isinstance(engine, CachedEngine):  # the episode's file keeps the samples; under one key weights would mix
-        engine = engine.engine
+    sample = engine.sample
+    if isinstance(engine, CachedEngine):  # the episode keeps the samples; in the step's cache weights would mix
+        sample, engine = engine.sample_anew, engine.engine
+    for role, other in tools.engines.items():
+        if role != "sampler" and getattr(other, "engine", other) is engine:
+            raise RecipeError(
+                f"{role}: it has one engine with sampler, which takes the weights of the policy as it is trained; give "
+                f"{role} another model, or the same one with a setting of its own (max_context, say)"
+            )
     if isinstance(engine, OpenAIEngine):
-        return Served(engine, tokenizer, tools.work / "sampler", config.max_sampler_gap, source_dtype(policy))
+        folder, dtype = tools.work / "sampler", source_dtype(policy)
+        return Served(engine, tokenizer, folder, config.max_sampler_gap, dtype, sample)
     if not hasattr(engine, "load_weights"):
         raise RecipeError(
             f"sampler: {engine.generator} runs on a {type(engine).__name__}, which takes no weights; use an engine of "
@@ -92,7 +104,7 @@ def given(config: Config, tools: Tools, policy: ModelRef, tokenizer: Any, proces
             f"sampler: its model is {engine.generator}, and the policy is {policy.name}; give the engine the policy's "
             "own model, which then takes the weights as they are trained"
         )
-    return Loaded(engine)
+    return Loaded(engine, sample)
 
 
 class Live:
@@ -141,10 +153,11 @@ class Loaded:
 
     Args:
         engine: has `load_weights`; one with `sleep_mode` gives its memory back while the policy trains.
+        sample: the engine's own, or one that also counts.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, sample: Sample | None = None) -> None:
+        self.engine, self._sample = engine, sample or engine.sample
         self.sleeps = bool(getattr(engine, "sleep_mode", False))
         self._asleep = False
         self._has: Any = None  # see `state_of`
@@ -156,15 +169,14 @@ class Loaded:
 
     @property
     def fingerprint(self) -> str:
-        """See `Engine`."""
-        return str(self.engine.fingerprint)
+        """See `Engine`; the same for all weights, so that a run that goes on after a kill knows its samples again."""
+        return "taken"
 
     def sample(
         self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
     ) -> Iterator[tuple[int, int, Completion]]:
         """See `Engine`."""
-        found: Iterator[tuple[int, int, Completion]] = self.engine.sample(prompts, n, params, first_index)
-        return found
+        return self._sample(prompts, n, params, first_index)
 
     def take(self, model: Any, step: int) -> None:
         """See `Sampler`.
@@ -204,13 +216,20 @@ class Served:
         folder: for checkpoints; the last one stays.
         most_gap: nats a token between the server's log-probabilities and the live model's.
         dtype: of the checkpoints: that of the policy's own.
+        sample: the engine's own, or one that also counts.
 
     Raises:
         RecipeError: the server is of a kind that tells no token ids, or can't be told to read weights.
     """
 
     def __init__(
-        self, engine: OpenAIEngine, tokenizer: Any, folder: Path, most_gap: float, dtype: torch.dtype = torch.float32
+        self,
+        engine: OpenAIEngine,
+        tokenizer: Any,
+        folder: Path,
+        most_gap: float,
+        dtype: torch.dtype = torch.float32,
+        sample: Sample | None = None,
     ) -> None:
         settings = engine.settings
         if settings.server != "vllm":
@@ -225,7 +244,7 @@ class Served:
                 "api: both"
             )
         self.engine, self.tokenizer, self.folder, self.most_gap = engine, tokenizer, folder, most_gap
-        self.dtype = dtype
+        self.dtype, self._sample = dtype, sample or engine.sample
         self._has: Any = None
         self._sent = 0
         self._ends: tuple[int, ...] = ()
@@ -244,7 +263,7 @@ class Served:
         self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
     ) -> Iterator[tuple[int, int, Completion]]:
         """See `Engine`. The policy's end tokens go along: what the server was started with may know fewer."""
-        return self.engine.sample(prompts, n, replace(params, stop_token_ids=self._ends), first_index)
+        return self._sample(prompts, n, replace(params, stop_token_ids=self._ends), first_index)
 
     def take(self, model: Any, step: int) -> None:
         """See `Sampler`.

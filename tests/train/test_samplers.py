@@ -112,7 +112,8 @@ def test_a_second_model_that_takes_the_weights_samples_as_the_live_one_does(plai
         taken.rest()
         with torch.no_grad():
             model.model.norm.weight.mul_(3)
-    assert seen[0] != seen[1] and engine.misses == 0
+    assert seen[0] != seen[1]
+    assert (engine.misses, engine.hits, len(engine.file)) == (8, 0, 0)  # counted, and neither read nor kept
     engine.close()
 
 
@@ -134,6 +135,9 @@ def test_vllm_is_woken_given_the_merged_weights_and_put_to_sleep_again(
     expected = samplers.weights_of(model)
     assert all(torch.equal(engine.llm.reloaded[name], expected[name]) for name in expected)
     assert len(list(sampler.sample([[1, 2, 3]], 2, samplers.SamplingParams(max_tokens=4)))) == 2
+    before = sampler.fingerprint
+    sampler.take(model, 1)
+    assert sampler.fingerprint == before, "under it an episode's samples are kept over a kill"
     sampler.close()
     awake = samplers.Loaded(build_vllm(settings.model_copy(update={"sleep_mode": False}), fingerprint="0"))
     awake.take(model, 0)
@@ -283,6 +287,10 @@ def test_engines_that_cannot_sample_for_a_policy_are_refused_with_a_remedy(plain
         for engine, settings, processes, told in cases:
             with pytest.raises((RecipeError, ModelError), match=told):
                 samplers.given(Config(**settings), tools(engine), policy, tokenizer, processes)
+    own = TransformersEngine(plain, fingerprint="0")
+    both = Tools(3, {"sampler": own, "judge": own}, steps.Silent(), Path(), Path())
+    with pytest.raises(RecipeError, match=r"^judge: it has one engine with sampler.*give judge another model"):
+        samplers.given(Config(), both, policy, tokenizer, 1)
     nothing = Tools(3, {}, steps.Silent(), Path(), Path())
     assert samplers.given(Config(), nothing, policy, tokenizer, 8) is None
 

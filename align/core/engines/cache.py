@@ -123,6 +123,14 @@ class CachedEngine:
             partly.clear()
             asked, held = {}, 0
 
+    def sample_anew(
+        self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
+    ) -> Iterator[tuple[int, int, Completion]]:
+        """See `Engine`. Past the file, which has no place for weights that change; counted like what goes through it."""
+        for number, index, completion in self.engine.sample(prompts, n, params, first_index):
+            self._count(completion)
+            yield number, index, completion
+
     def close(self) -> None:
         """See `Engine`. The file stays."""
         self.file.close()
@@ -152,16 +160,19 @@ class CachedEngine:
                 del asked[place]
             else:
                 asked[place] = (number, keys, to_come - 1)
-            if completion.finish_reason == "error":
-                self.failures += 1
-            else:
+            if completion.finish_reason != "error":
                 self.file.put(keys[index - first_index], completion)
             if found:
                 yield from self._given(found)
-            self.misses += 1
-            self.tokens += len(completion.token_ids)
-            self.sampled_tokens += len(completion.token_ids)
+            self._count(completion)
             yield number, index, completion
+
+    def _count(self, completion: Completion) -> None:
+        """Of one that the engine was asked for."""
+        self.failures += completion.finish_reason == "error"
+        self.misses += 1
+        self.tokens += len(completion.token_ids)
+        self.sampled_tokens += len(completion.token_ids)
 
 
 def _digest(scope: hashlib.blake2b, prompt: Prompt) -> bytes:
