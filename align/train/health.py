@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import DataError
 from align.core.records import Row
-from align.train.guards import Probe, look
 from align.train.online_settings import Config as Probing
 from align.train.preference import DPO
+from align.train.probe import Probe, look
 from align.train.scoring import Scorer
 from reward.verifiers import Verifiers
 
