@@ -17,10 +17,11 @@ from align.core.store import ModelRef, Table
 class StageConfig(BaseModel):
     """Settings of a stage: unknown keys refused, frozen, every field with `Field(description=...)` (the help text).
 
-    Strict: a float for an integer, or a string for a number, is an error and not rounded.
+    Strict: a float for an integer, or a string for a number, is an error and not rounded. Numbers are finite where a
+    field doesn't say otherwise (`allow_inf_nan`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)

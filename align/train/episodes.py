@@ -87,7 +87,7 @@ def episode_rows(
         again = [group for group in taken if group.scores and not scorer.accepted(group)]
         add_samples(engine, again, most - n, params, progress)
         scorer.score(again)
-    grade(taken, config, gather)
+    grade(groups, config, gather)  # all, so that one scale holds for the file
     among = {id(group) for group in taken}
     return [_row_of(group, scorer, config, seed, episode, id(group) in among) for group in groups]
 
@@ -102,7 +102,7 @@ def most_varied(groups: Sequence[Group], choose_from: int, seed: str, gather: Ga
     every = gather(mine)
     kinds = Counter(scorer for scorer, _, _ in every if scorer)
     chosen = set()
-    for kind, count in _shares(kinds, len(every) // choose_from).items():
+    for kind, count in _shares(kinds, max(1, len(every) // choose_from)).items():
         chosen.update(sorted(one for one in every if one[0] == kind)[:count])
     return [group for group, one in zip(groups, mine, strict=True) if one in chosen]
 

@@ -231,25 +231,26 @@ def _fallen(config: Config, kept: Sequence[Probe], now: Probe) -> Iterator[str]:
         before, after = best.mean(what), now.mean(what)
         if before is None or after is None:
             continue
-        said, setting, unit = _limit(what)
+        said, setting, most, unit = _limit(config, what)
         scale = _spread(kept[0].marks[what]) if unit == "standard deviations" else 1.0
         sigmas = standard_errors(best.marks[what], marks)
-        if before - after > getattr(config, setting) * scale and sigmas >= config.min_sigmas:
+        if before - after > most * scale and sigmas >= config.min_sigmas:
             asked = sum(mark is not None for mark in marks)
             chance = f"{asked} prompts, {sigmas:.1f} standard errors"
-            limit = f"{setting} is {getattr(config, setting):g} {unit}"
+            limit = f"{setting} is {most:g} {unit}"
             yield f"{said} fell from {before:.3g} to {after:.3g} ({chance}; {limit})"
 
 
-def _limit(what: str) -> tuple[str, str, str]:
-    """A measurement in words, its setting, and the setting's unit."""
+def _limit(config: Config, what: str) -> tuple[str, str, float, str]:
+    """A measurement in words; its setting's name, value and unit."""
     if what.startswith("score/"):
-        return f"the held-out score of {what.removeprefix('score/')}", "max_family_drop", "points"
+        said = f"the held-out score of {what.removeprefix('score/')}"
+        return said, "max_family_drop", config.max_family_drop, "points"
     return {
-        "score": ("the held-out score", "max_score_drop", "points"),
-        "benign": ("help with benign requests", "max_kind_drop", "points"),
-        "harmful": ("refusal of harmful requests", "max_kind_drop", "points"),
-        "second_reward": ("the second reward", "max_second_drop", "standard deviations"),
+        "score": ("the held-out score", "max_score_drop", config.max_score_drop, "points"),
+        "benign": ("help with benign requests", "max_kind_drop", config.max_kind_drop, "points"),
+        "harmful": ("refusal of harmful requests", "max_kind_drop", config.max_kind_drop, "points"),
+        "second_reward": ("the second reward", "max_second_drop", config.max_second_drop, "standard deviations"),
     }[what]
 
 

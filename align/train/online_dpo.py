@@ -156,7 +156,7 @@ def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], spee
     """The reward model, where there is one; under mix a judge may be in its place.
 
     Raises:
-        ModelError: the scorer needs one and none was given.
+        ModelError: the scorer needs one and none was given, or one was given that nothing asks.
     """
     given = inputs.get("reward_model")
     if given is None:
@@ -165,6 +165,11 @@ def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], spee
                 f"online-dpo: scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
             )
         return None
+    if "reward_model" not in config.scored_by:
+        raise ModelError(
+            f"online-dpo: reward_model has no effect, since scorer is {config.scorer}; leave it out (or give it as "
+            "second_reward_model, at which the guards look), or set scorer to mix"
+        )
     from reward.members import load_judge
 
     assert isinstance(given, ModelRef)

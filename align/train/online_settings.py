@@ -15,6 +15,9 @@ Part = Literal["verifier", "reward_model", "judge"]
 PARTS: tuple[Part, ...] = ("verifier", "reward_model", "judge")
 """Who may score a completion."""
 
+Verified = Literal["math", "code", "follow", "constraints", "exact", "tags", "principle"]
+"""Tasks that a program verifies: those of `reward.verifiers.VERIFIERS`."""
+
 
 class Episodes(StageConfig):
     """How an episode comes about: prompts, samples, scores, pairs."""
@@ -33,6 +36,10 @@ class Episodes(StageConfig):
     top_p: float = Field(1.0, gt=0, le=1, description="of the samples; 1 is off")
     max_tokens: int = Field(1024, ge=1, description="most new tokens; a completion cut there is never chosen")
 
+    max_error_share: float = Field(
+        0.1, ge=0, le=1, description="stop when more than this share of an episode's completions could not be sampled"
+    )
+
     scorer: Literal["mix", "reward_model", "verifier", "judge", "weighted"] = Field(
         "mix",
         description="who scores: the verifier of a prompt's task where it has one, and else the reward model, or the "
@@ -43,7 +50,7 @@ class Episodes(StageConfig):
         description="under weighted, the weight of each that scores; its scores are standardised over the episode, and "
         "a prompt without a verifier is scored by the others, as {verifier: 1, reward_model: 0.5}",
     )
-    verified_tasks: list[str] = Field(
+    verified_tasks: list[Verified] = Field(
         ["math", "code", "constraints", "follow", "exact", "tags"],
         description="tasks whose verifier is asked under mix and weighted; others go to who else scores",
     )
@@ -104,15 +111,24 @@ class Config(JudgeConfig, DPOSettings, Episodes):
         "kind", description="the column that says whether a prompt is benign (safe, harmless) or harmful (unsafe)"
     )
     max_score_drop: float = Field(
-        5.0, gt=0, description="points of verified score below the best so far; .inf turns this guard off, or another"
+        5.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="points of verified score below the best so far; .inf turns this guard off, or another",
     )
-    max_family_drop: float = Field(25.0, gt=0, description="points of one family's score below the best so far")
+    max_family_drop: float = Field(
+        25.0, gt=0, allow_inf_nan=True, description="points of one family's score below the best so far"
+    )
     max_kind_drop: float = Field(
-        10.0, gt=0, description="points of benign help, or of harmful refusal, below the best so far"
+        10.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="points of benign help, or of harmful refusal, below the best so far",
     )
     max_second_drop: float = Field(
         0.25,
         gt=0,
+        allow_inf_nan=True,
         description="fall of the second reward below its best so far, in standard deviations of the start's answers",
     )
     min_sigmas: float = Field(
@@ -120,13 +136,18 @@ class Config(JudgeConfig, DPOSettings, Episodes):
         ge=0,
         description="such a drop counts from so many of its own standard errors on, paired over the prompts; 0: always",
     )
-    max_length_ratio: float = Field(2.0, gt=1, description="mean length of the samples against the start's")
+    max_length_ratio: float = Field(
+        2.0, gt=1, allow_inf_nan=True, description="mean length of the samples against the start's"
+    )
     min_length_ratio: float = Field(0.33, ge=0, lt=1, description="the same, for samples that shrink; 0 is off")
-    max_chosen_drop: float = Field(20.0, gt=0, description="nats that the chosen lost against the reference")
-    max_kl: float = Field(100.0, gt=0, description="nats a completion from the reference")
+    max_chosen_drop: float = Field(
+        20.0, gt=0, allow_inf_nan=True, description="nats that the chosen lost against the reference"
+    )
+    max_kl: float = Field(100.0, gt=0, allow_inf_nan=True, description="nats a completion from the reference")
     max_sampler_gap: float = Field(
         0.1,
         gt=0,
+        allow_inf_nan=True,
         description="nats a token between the sampler's log-probabilities and the trainer's; beyond, it stops",
     )
     after_rollback: Literal["go_on", "stop"] = Field(

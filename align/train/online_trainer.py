@@ -215,6 +215,7 @@ class OnlineDPO(DPO):
             self.tools.progress.say(f"ended after episode {self.episode + 1}: {self.record['stopped']}")
         elif self.ahead is not None and self.episode + 1 < self.settings.episodes:
             self.ahead.wait(self.episode + 1)  # its samples are of the weights that now go
+            self.accelerator.wait_for_everyone()  # those of every process
         self.episode, self.queue, self.began_at = self.episode + 1, None, self.step
         self._write_border()
 

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from align.core.errors import DataError, RecipeError, RunError
 from align.core.manifest import Manifest
@@ -62,6 +62,13 @@ class Config(StageConfig):
                 f"{', '.join(deaf)} would need new samples, or is of the guards, which don't look here: run online-dpo "
                 f"for that; {may}"
             )
+        for name, value in changes.items():
+            field: Any = OnlineConfig.model_fields[name]
+            try:
+                TypeAdapter(Annotated[field.annotation, field]).validate_python(value, strict=True)
+            except ValidationError as invalid:
+                said = invalid.errors(include_url=False)[0]["msg"]
+                raise ValueError(f"{name}: found {value!r}; {said[0].lower()}{said[1:]}") from invalid
         return changes
 
 
@@ -75,7 +82,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     recorded = recorded_in(Path(config.run).expanduser())
     settings = settings_of(recorded, config.changes)
-    check_inputs(recorded, inputs)
+    check_inputs(recorded, inputs, settings)
     tools = replace(tools, seed=recorded.seed)
     policy = inputs["policy"]
     reference = inputs.get("reference", policy)
@@ -152,8 +159,11 @@ def settings_of(recorded: Manifest, changes: Mapping[str, Any]) -> OnlineConfig:
     Raises:
         RecipeError: they don't go together.
     """
+    nulls = [name for name, value in recorded.settings.items() if value is None]
+    # a guard that was turned off: JSON has no word for infinity
+    infinite = {name: math.inf for name in nulls if OnlineConfig.model_fields[name].default is not None}
     try:
-        return OnlineConfig.model_validate_json(json.dumps(recorded.settings | dict(changes)))
+        return OnlineConfig.model_validate_json(json.dumps(recorded.settings | infinite | dict(changes)))
     except ValidationError as invalid:
         told = [
             ".".join(["changes", *map(str, error["loc"])]) + ": " + error["msg"].removeprefix("Value error, ")
@@ -162,15 +172,22 @@ def settings_of(recorded: Manifest, changes: Mapping[str, Any]) -> OnlineConfig:
         raise RecipeError(told) from invalid
 
 
-def check_inputs(recorded: Manifest, inputs: Mapping[str, Table | ModelRef]) -> None:
-    """Refuses other models than the run's.
+def check_inputs(recorded: Manifest, inputs: Mapping[str, Table | ModelRef], settings: OnlineConfig) -> None:
+    """Refuses other models than the run's. Those of merging may come or go where a change turns it on or off.
 
     Raises:
-        DataError: there is one.
+        DataError: there is another, or one that the run had is missing.
     """
-    for name, given in inputs.items():
-        known = recorded.inputs.get(name)
-        if known is not None and known.fingerprint != given.fingerprint:
+    before = recorded.settings
+    turned = (before["merging"] == "none") != (settings.merging == "none")
+    free = set(MERGING_NEEDS) if turned or before["merging_alpha"] != settings.merging_alpha else set()
+    for name in {*STAGE.needs} - free:
+        known, given = recorded.inputs.get(name), inputs.get(name)
+        if known is None and given is not None:
+            raise DataError(f"in.{name}: the run had none, and the replay was given {given.name}; leave it out")
+        if known is not None and given is None:
+            raise DataError(f"in.{name}: missing; the run had {known.name}, and what it wrote is of that one: give it")
+        if known is not None and given is not None and known.fingerprint != given.fingerprint:
             raise DataError(
                 f"in.{name}: {given.name} is not the model that the run had ({known.name}, fingerprint "
                 f"{known.fingerprint[:12]}); its pairs and log-probabilities are of that one: give it"

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from align.core.errors import RunError
 from align.core.stage import Tools
 from align.train.episode_file import read_rows
 from align.train.online_settings import Config
 from align.train.online_trainer import OnlineDPO
+from align.train.preference import SAME
 
 
 class Replay(OnlineDPO):
@@ -45,6 +49,19 @@ class Replay(OnlineDPO):
         if self.anew:
             self._set_reference(found)
         return found
+
+    def _check_margins(self, logps: Tensor, reference: Tensor, tokens: Tensor) -> None:
+        """The file's log-probabilities may be of another precision than the policy's here."""
+        if self.anew:
+            super()._check_margins(logps, reference, tokens)
+            return
+        apart = ((logps - reference).abs() / tokens).max().item()
+        if not apart <= SAME["bf16"]:
+            raise RunError(
+                f"the policy's log-probabilities differ by {apart:.2g} nats a token from those that the run wrote for "
+                "the same model; the episodes are of another model, or their files were changed: give the run's policy "
+                "and reference as they were"
+            )
 
     def _look_at_start(self) -> None:
         """Nothing is looked at."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from align.core.engines.base import Engine
 from align.core.engines.cache import CachedEngine
+from align.core.errors import EngineError, RunError
 from align.core.stage import Progress
 from align.train.episodes import Prompts, episode_rows, samples_of
 from align.train.online_settings import Config
@@ -60,11 +61,36 @@ class Share:
             )
         finally:
             kept.file.close()
+        self._check_errors(found)
         return [row | {"policy_step": policy_step} for row in found]
 
+    def _check_errors(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """An engine that fails must not look like prompts without pairs. Errors are in no file, so are asked again.
+
+        Raises:
+            EngineError: more completions than `max_error_share` are errors.
+        """
+        reasons = [reason for row in rows for reason in row["finish_reasons"]]
+        errors = reasons.count("error")
+        if errors > self.config.max_error_share * len(reasons):
+            raise EngineError(
+                f"{errors} of {len(reasons)} completions of the episode could not be sampled, more than "
+                f"max_error_share = {self.config.max_error_share:g}; mend the engine and run the same command again: "
+                "what was sampled is kept"
+            )
+
     def in_order(self, rows: Sequence[Mapping[str, Any]], episode: int) -> list[dict[str, Any]]:
-        """The rows of all processes in the prompts' order, so that it is the same for any number of them."""
+        """The rows of all processes in the prompts' order, so that it is the same for any number of them.
+
+        Raises:
+            RunError: a prompt is missing, or there twice.
+        """
         place = {row["prompt_id"]: number for number, row in enumerate(self.prompts.of_episode(episode))}
+        if sorted(row["prompt_id"] for row in rows) != sorted(place):
+            raise RunError(
+                f"episode {episode + 1} has {len(rows)} rows for {len(place)} prompts; its processes shared them "
+                f"otherwise than now; remove {self.work} and run it again"
+            )
         return sorted((dict(row) for row in rows), key=lambda row: place[row["prompt_id"]])
 
     def forget(self, episode: int) -> None:
@@ -72,4 +98,4 @@ class Share:
         self._file(episode).unlink(missing_ok=True)
 
     def _file(self, episode: int) -> Path:
-        return self.work / f"samples-{episode:03d}-{self.rank}"
+        return self.work / f"samples-{episode:03d}-{self.rank}-of-{self.world}"

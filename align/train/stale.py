@@ -67,8 +67,8 @@ class Work:
     threads: int = 1
 
     def file(self, episode: int) -> Path:
-        """Where the rows of an episode's share go."""
-        return self.work / "ahead" / f"episode-{episode:03d}-{self.rank}.parquet"
+        """Where the rows of an episode's share go; a run that goes on with more or fewer processes shares it anew."""
+        return self.work / "ahead" / f"episode-{episode:03d}-{self.rank}-of-{self.world}.parquet"
 
 
 class Ahead:

@@ -26,6 +26,7 @@ from align.train.trainer import OurTrainer
 OVERRIDDEN = [
     (OurTrainer, transformers.Trainer, "_get_train_sampler", ["self", "train_dataset"]),
     (OurTrainer, transformers.Trainer, "create_scheduler", ["self", "num_training_steps", "optimizer"]),
+    (OurTrainer, transformers.Trainer, "create_optimizer", ["self", "model"]),
     (OurTrainer, _BaseTrainer, "_send_telemetry", ["self"]),
     (OurTrainer, transformers.Trainer, "create_model_card", None),
     (SFT, transformers.Trainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
@@ -20,12 +21,12 @@ from align.core.stage import Tools
 from align.train.episode_file import pairs_of, read_rows, record_of, set_reference, write_rows
 from align.train.episodes import Prompts, episode_rows, most_varied, samples_of
 from align.train.grading import grade
-from align.train.online_settings import Config
+from align.train.online_settings import Config, Verified
 from align.train.scoring import Group, Scorer, judge_of
 from data_synthesis.constrain import STAGE as CONSTRAIN
 from reward.judge import Judge
 from reward.model import Gate, best_and_worst, high_enough
-from reward.verifiers import Verifiers
+from reward.verifiers import VERIFIERS, Verifiers
 from tests.reward.judges import blocks
 from tests.synthesis.conftest import Bench, a_prompt
 from tests.synthesis.test_constrain import a_constraint
@@ -269,6 +270,18 @@ def test_prompts_whose_rewards_vary_most_are_taken_of_each_scorer_its_share() ->
     assert samples_of(config(), 6) == 24
 
 
+def test_of_fewer_prompts_than_are_looked_at_for_one_the_best_is_taken() -> None:
+    """Three prompts where choose_from is 8: a third would be none, and an episode without a pair."""
+    groups = [Group({"prompt_id": str(number)}, [1]) for number in range(3)]
+    for group in groups:
+        group.scores["verifier"] = [1.0]
+    assert len(most_varied(groups, 8, "s")) == 1
+
+
+def test_the_tasks_that_may_be_verified_are_those_that_have_a_verifier() -> None:
+    assert set(get_args(Verified)) == set(VERIFIERS)
+
+
 def test_an_episode_that_chooses_looks_at_other_prompts_each_time_and_at_fewer_of_a_small_split(tmp_path: Path) -> None:
     table = steps.table(tmp_path / "p.parquet", [sum_of(n, 7) for n in range(20)])
     prompts = Prompts(table, config(prompts_per_episode=3, choose_from=3, probe_prompts=2), 5)
@@ -432,6 +445,8 @@ def test_a_prompt_s_tools_stand_in_what_the_policy_reads() -> None:
     [
         ({"scorer": "weighted"}, "scorer is weighted and weights has nothing"),
         ({"scorer": "weighted", "weights": {"judge": 1.0}}, "weights has judge; give two or three"),
+        ({"verified_tasks": ["maths"]}, "Input should be 'math'"),
+        ({"learning_rate": math.inf}, "finite"),
         ({"weights": {"judge": 1.0, "verifier": 1.0}}, "weights has no effect with scorer=mix"),
         ({"scorer": "weighted", "weights": {"judge": 1.0, "verifier": -1.0}}, "weights: verifier has -1"),
         ({"choose_from": 2, "samples_per_prompt": 3}, "one completion has no variance"),

@@ -229,6 +229,29 @@ def test_a_checkpoint_in_the_middle_changes_no_bit(method: Any, as_in: Any, ever
         assert torch.equal(one, third)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("method", "as_in"), VARIANTS)
+@pytest.mark.parametrize("every", [1, 2])
+def test_on_a_gpu_a_step_is_that_of_a_cpu(method: Any, as_in: Any, every: int) -> None:
+    """With all kept, since each kind of device draws masks of its own; and thinned, it runs and moves few weights."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        for keep in (1.0, 0.1):
+            torch.manual_seed(0)
+            weight = torch.nn.Parameter(torch.randn(300, 20).to(device))
+            gradients, tau = torch.randn(4, 300, 20), torch.randn(300, 20)
+            start = weight.detach().clone()
+            merging = Merging(method, 1e-3, keep, as_in, every)
+            optimizer = MergingAdamW([("w", weight)], merging, lambda _, tau=tau: tau, lr=1e-2, eps=0.1)
+            for gradient in gradients:
+                weight.grad = gradient.to(device)
+                optimizer.step()
+            found[device, keep] = weight.detach().cpu()
+            assert keep == 1 or (weight != start).float().mean() < 0.6
+    torch.testing.assert_close(found["cuda", 1.0], found["cpu", 1.0], rtol=1e-5, atol=1e-6)
+
+
 # --- masks, thresholds, shards ----------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ The policy says 3 or 4, whatever it is asked, about as often; 3 is right. So mos
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -17,15 +18,17 @@ import pytest
 import torch
 
 from align.core.engines.transformers_engine import TransformersEngine
-from align.core.errors import DataError, RecipeError, RunError
+from align.core.errors import DataError, EngineError, RecipeError, RunError
 from align.core.manifest import Manifest, Origin
 from align.core.store import ModelRef, Table
 from align.train import online_trainer, stale
 from align.train.border import Borders
 from align.train.episode_file import pairs_of, read_rows
+from align.train.episodes import Prompts
 from align.train.online_dpo import STAGE
 from align.train.online_settings import Config
 from align.train.replay import STAGE as REPLAY
+from align.train.replay import settings_of
 from align.train.scoring import Scorer
 from align.train.sft import STAGE as SFT
 from tests.train import steps
@@ -295,6 +298,28 @@ def test_a_replay_ends_in_the_run_s_weights_and_with_other_settings_in_others(
     assert summary["pairs"] == sum(len(pairs_of(read_rows(path))) for path in episode_files(whole))
 
 
+def test_a_run_whose_guards_were_off_can_be_replayed(whole: Path) -> None:
+    """JSON has no infinity, so a manifest holds null for it; a setting that may be empty stays so."""
+    found = Manifest.read(whole)
+    assert found is not None
+    found.settings.update(max_kl=None, max_length_ratio=None, loss_weights=None)
+    settings = settings_of(found, {"beta": 0.3})
+    assert (settings.max_kl, settings.max_length_ratio, settings.loss_weights) == (math.inf, math.inf, None)
+
+
+def test_rows_that_processes_shared_otherwise_are_refused(inputs: dict[str, Table | ModelRef], tmp_path: Path) -> None:
+    table = inputs["prompts"]
+    assert isinstance(table, Table)
+    config = STAGE.config(**SETTINGS)
+    share: Any = stale.Share(config, Prompts(table, config, 0), None, 0, None, steps.Silent(), tmp_path)  # type: ignore[arg-type]
+    rows = [{"prompt_id": row["prompt_id"]} for row in share.prompts.of_episode(0)]
+    assert len(share.in_order(rows, 0)) == len(rows)
+    with pytest.raises(RunError, match="shared them otherwise than now"):
+        share.in_order(rows[1:], 0)
+    with pytest.raises(EngineError, match="2 of 10 completions of the episode could not be sampled"):
+        share._check_errors([{"finish_reasons": ["stop"] * 8 + ["error"] * 2}])
+
+
 def test_a_replay_undoes_what_was_undone(inputs: dict[str, Table | ModelRef], whole: Path, tmp_path: Path) -> None:
     """With the second episode rolled back the first and third alone are trained on, by their own places' rates."""
     found = Manifest.read(whole)
@@ -320,8 +345,13 @@ def test_a_replay_refuses_what_needs_new_samples_other_models_and_folders_withou
         REPLAY.config(run=str(whole), changes={"samples_per_prompt": 2})
     with pytest.raises(ValueError, match="online-dpo has no setting betta; did you mean 'beta'"):
         REPLAY.config(run=str(whole), changes={"betta": 1.0})
-    with pytest.raises(RecipeError, match=r"changes.beta: Input should be greater than 0"):
-        replay(whole, tmp_path / "a", inputs, {"beta": -1.0})
+    with pytest.raises(ValueError, match=r"beta: found -1.0; input should be greater than 0"):
+        REPLAY.config(run=str(whole), changes={"beta": -1.0})
+    with pytest.raises(RecipeError, match=r"changes: Value error, label_smoothing has no effect|changes: label_smooth"):
+        replay(whole, tmp_path / "a", inputs, {"losses": ["ipo"], "label_smoothing": 0.1})
+    with pytest.raises(DataError, match=r"in.reference: the run had none, and the replay was given"):
+        replay_of = {"policy": inputs["policy"], "reference": inputs["policy"]}
+        steps.run(REPLAY, tmp_path / "r", replay_of, {"run": str(whole)})
     with pytest.raises(DataError, match=r"in.policy: base is not the model that the run had \(sft"):
         other = ModelRef(inputs["policy"].path, inputs["policy"].kind, "base", "1")
         replay(whole, tmp_path / "b", {"policy": other})

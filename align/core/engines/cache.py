@@ -126,7 +126,7 @@ class CachedEngine:
     def sample_anew(
         self, prompts: Iterable[Prompt], n: int, params: SamplingParams, first_index: int = 0
     ) -> Iterator[tuple[int, int, Completion]]:
-        """See `Engine`. Past the file, which has no place for weights that change; counted like what goes through it."""
+        """See `Engine`. Past the file, which knows no weights that change; counted as what goes through it."""
         for number, index, completion in self.engine.sample(prompts, n, params, first_index):
             self._count(completion)
             yield number, index, completion
