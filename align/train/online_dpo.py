@@ -97,7 +97,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     models.save_policy(online, tokenizer, tools.out / "model", config, policy)
     about = adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
     found = summary(online)
-    about |= merging_figures(config, online.step, found.get("warnings", ())) | {"start": start.figures()}
+    about |= merging_figures(config, online.merges, found.get("warnings", ())) | {"start": start.figures()}
     return Result(summary=found | about)
 
 

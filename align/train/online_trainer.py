@@ -196,6 +196,7 @@ class OnlineDPO(DPO):
 
     def _close_episode(self) -> None:
         """Looks at the policy; keeps the episode or rolls it back; writes the border."""
+        self.merge_the_rest()  # what is judged, kept and sampled from
         if self.step > self.began_at:
             self._keep_state()
         self.record["seconds"]["steps"] = time.monotonic() - self.opened
