@@ -13,7 +13,7 @@ COLOURS = {
     "AdamW": "#1f2328", "NLL": "#b3372f", "OnDARE": "#0f6e6a", "OnTIES": "#1a7f4b",
     "linear": "#8b929c", "dare": "#c98a00", "ties": "#6a4fb3",
 }  # fmt: skip
-"""By a method's first word; methods of one colour are joined in their order."""
+"""By a method's first word."""
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 420.0, 330.0, 50.0, 12.0, 34.0, 44.0
 
 
@@ -21,20 +21,15 @@ def drawn(means: Mapping[str, Any], trained: Sequence[str], others: Sequence[str
     """Gain against what became of the others, at T = 1: a frame for each training, a dot for each method."""
     frames = [frame(training, methods, trained, others) for training, methods in means.items()]
     placed = [el("g", one, transform=f"translate({place * WIDE:g} 0)") for place, one in enumerate(frames)]
-    keys = [
-        el("g", el("circle", cx=0, cy=-4, r=4, fill=colour), el("text", kind, x=9, y=0),
-           transform=f"translate({LEFT + 110 * place:g} {HIGH + 16:g})")
-        for place, (kind, colour) in enumerate(COLOURS.items())
-    ]  # fmt: skip
-    wide, high = WIDE * len(frames), HIGH + 30
+    wide, high = WIDE * len(frames), HIGH
     label = "Gain on the trained families against change of the others, by method"
     paper = el("rect", x=0.5, y=0.5, width=wide - 1, height=high - 1, rx=10, class_="paper")
-    whole = svg(wide, high, label, Html(f"<style>{STYLE}</style>"), paper, *placed, *keys)
+    whole = svg(wide, high, label, Html(f"<style>{STYLE}</style>"), paper, *placed)
     return whole.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
 
 
 def frame(training: str, methods: Mapping[str, Any], trained: Sequence[str], others: Sequence[str]) -> Html:
-    """One training's dots; crosses are a standard error over the seeds, lines join the settings of a method."""
+    """One training's dots with their names; crosses are a standard error over the seeds."""
     points = {m: (modes["sampled"]["gain"], modes["sampled"]["others"]) for m, modes in methods.items()}
     spans: list[tuple[float, float]] = []
     for axis in (0, 1):
@@ -70,16 +65,22 @@ def frame(training: str, methods: Mapping[str, Any], trained: Sequence[str], oth
     parts.append(el("text", "points gained on the trained families", x=LEFT, y=HIGH - 10, class_="tick"))
     turned = f"rotate(-90 14 {HIGH - BOTTOM:g})"
     parts.append(el("text", f"points on {', '.join(others)}", x=14, y=HIGH - BOTTOM, class_="tick", transform=turned))
-    for kind, colour in COLOURS.items():
-        mine = {m: p for m, p in points.items() if m.split()[0] == kind}
-        path = " ".join(f"{x(gain['mean']):.1f},{y(rest['mean']):.1f}" for gain, rest in mine.values())
-        parts.append(el("polyline", points=path, fill="none", stroke=colour, opacity=0.5))
-        for method, (gain, rest) in mine.items():
-            (a, da), (b, db) = ((one["mean"], one["standard_error"]) for one in (gain, rest))
-            for p, q, r, s in ((a - da, a + da, b, b), (a, a, b - db, b + db)):
-                parts.append(el("line", x1=x(p), x2=x(q), y1=y(r), y2=y(s), stroke=colour, opacity=0.4))
-            told = el("title", f"{method}: {a:+.1f} ± {da:.1f} trained, {b:+.1f} ± {db:.1f} others")
-            parts.append(el("circle", told, cx=f"{x(a):.1f}", cy=f"{y(b):.1f}", r=4, fill=colour))
+    labels: list[tuple[float, float]] = []
+    for method, (gain, rest) in sorted(points.items(), key=lambda item: -item[1][1]["mean"]):
+        colour = COLOURS[method.split()[0]]
+        (a, da), (b, db) = ((one["mean"], one["standard_error"]) for one in (gain, rest))
+        for p, q, r, s in ((a - da, a + da, b, b), (a, a, b - db, b + db)):
+            parts.append(el("line", x1=x(p), x2=x(q), y1=y(r), y2=y(s), stroke=colour, opacity=0.3))
+        told = el("title", f"{method}: {a:+.1f} ± {da:.1f} trained, {b:+.1f} ± {db:.1f} others")
+        parts.append(el("circle", told, cx=f"{x(a):.1f}", cy=f"{y(b):.1f}", r=4, fill=colour))
+        left = x(a) > WIDE - 120
+        place = (x(a) + 12, y(b) - 8) if left else (x(a) + 8, y(b) + 4)
+        while any(abs(place[0] - other[0]) < 130 and abs(place[1] - other[1]) < 11 for other in labels):
+            place = (place[0], place[1] + 3)
+        labels.append(place)
+        anchor = "end" if left else "start"
+        parts.append(el("text", method, x=place[0], y=place[1], style=f"fill: {colour}; font-size: 10px",
+                        text_anchor=anchor))  # fmt: skip
     return join(*parts)
 
 
