@@ -17,6 +17,9 @@ CHUNK_ELEMENTS = 2**26
 """Most logits that the head (align/train/head.py) holds at a time, 256 MiB in fp32. It holds about four such tables:
 logits, log-probabilities, their exponentials, and a gradient or product."""
 
+MERGED_AT_ONCE = 2**24
+"""Numbers that the Online Merging Optimizer merges at once, at most, where one parameter alone has not more."""
+
 
 def memory_needed(
     config: Any,
@@ -29,6 +32,7 @@ def memory_needed(
     precision: str = "fp32",
     checkpointing: bool = False,
     reference: bool = False,
+    merging: float | None = None,
 ) -> dict[str, int]:
     """Bytes that one process needs at its peak, by part; their sum is the estimate.
 
@@ -44,6 +48,8 @@ def memory_needed(
         precision: fp32, or bf16 (fp32 weights and bf16 arithmetic; bf16 weights where they are frozen).
         checkpointing: whether activations are computed twice.
         reference: whether a second, frozen model is held.
+        merging: bytes a trained parameter that the Online Merging Optimizer holds beyond AdamW's moments and its
+            buffer; None: the optimizer is AdamW.
 
     Returns:
         `weights`, `gradients`, `optimizer`, `activations`, `logits`, and `reference` where there is one.
@@ -69,6 +75,9 @@ def memory_needed(
         "activations": tokens * (of_token + 3 * 4 * text.hidden_size),
         "logits": 4 * 4 * min(labelled * int(text.vocab_size), CHUNK_ELEMENTS),
     }
+    if merging is not None:
+        largest = max(p.numel() for p in model.parameters())
+        needed["optimizer"] += int(merging * trained) + 4 * min(trained, max(largest, MERGED_AT_ONCE))
     if reference:
         needed["reference"] = (linear + others) * size
     return needed

@@ -110,8 +110,13 @@ class MergesTheRest(TrainerCallback):  # type: ignore[misc]
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the last step, before its line, its look and its checkpoint: they are of the weights that are written."""
+        if state.global_step >= state.max_steps:
+            self.optimizer.finish()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last checkpoint is from before, so a run that goes on from it ends the same."""
+        """Where the training was stopped before."""
         self.optimizer.finish()
 
 

@@ -134,7 +134,8 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         stopped = displaced(summary["chosen_logp_change"])
     if stopped:
         tools.progress.say(f"warning: {stopped}")
-    return Result(summary=summary | merging_figures(config, dpo.step, [stopped] if stopped else []))
+    merges = dpo.merges if health.stopped_at is None else health.kept_step // config.merging_every
+    return Result(summary=summary | merging_figures(config, merges, [stopped] if stopped else []))
 
 
 def encoded(config: Config, tokenizer: Any, table: Table) -> Iterator[dict[str, list[int]] | str]:

@@ -16,7 +16,7 @@ from align.core.memory import memory_of
 from align.core.start import Batch, Start
 from align.train.preference import DPO
 from align.train.settings import DPOSettings, Speed
-from align.train.tau import drift_warnings, optimizer_words
+from align.train.tau import drift_warnings, merging_bytes, optimizer_words
 from align.train.trainer import learning_rates
 
 
@@ -104,6 +104,7 @@ def start_of(
             precision=speed.precision,
             checkpointing=speed.gradient_checkpointing,
             reference=held,
+            merging=merging_bytes(config),
         ),
         seconds=training_seconds(flops, shape, speed.device, speed.precision),
     )

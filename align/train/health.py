@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 from align.core.engines.transformers_engine import TransformersEngine
 from align.core.errors import DataError
 from align.core.records import Row
-from align.train.guards import Probe, look
 from align.train.online_settings import Config as Probing
 from align.train.preference import DPO
+from align.train.probe import Probe, look
 from align.train.scoring import Scorer
 from reward.verifiers import Verifiers
 
@@ -72,8 +72,13 @@ class Displacement(TrainerCallback):  # type: ignore[misc]
             return
         if not change >= -self.stop_at:
             self.stopped_at, control.should_training_stop = state.global_step, True
-        elif state.global_step % max(1, math.ceil(state.max_steps / KEPT)) == 0:
+        elif state.global_step % self._apart(state.max_steps) == 0:
             self._keep(state.global_step)
+
+    def _apart(self, steps: int) -> int:
+        """Steps between two keepings: a multiple of those between two merges, after which alone weights are whole."""
+        every = self.dpo.settings.merging_every
+        return max(1, math.ceil(steps / KEPT / every)) * every
 
     def _keep(self, step: int) -> None:
         accelerator = self.dpo.accelerator

@@ -20,9 +20,10 @@ equations and its authors' code differ; both are here, by name (`Merging.as_in`)
     =====================  ==================================  ===================================================
 
 Every K steps: AdamW goes its own way, and each K-th step all that has gathered, weight decay with it, is taken back and
-merged as one Delta. Otherwise decay is AdamW's, outside of what is merged.
+merged as one Delta; so is what is left where a training ends, or an episode of online DPO. Otherwise decay is AdamW's,
+outside of what is merged.
 
-For each group of parameters up to `AT_ONCE` numbers, all by a few operations on one flat buffer:
+For each group of parameters up to 2**24 numbers, all by a few operations on one flat buffer:
 
     one AdamW call on the buffer instead of the weights, at the learning rate (1 - alpha) eta:  (1 - alpha) Delta
     OnDARE: draw places; theta += the buffer at these
@@ -47,11 +48,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from align.core.memory import MERGED_AT_ONCE
 from align.train.merging_parts import Part, gradient, local
-
-AT_ONCE = 2**24
-"""Numbers of the parameters that are merged at once, at most, where one parameter alone has not more."""
-
 
 @dataclass(frozen=True, slots=True)
 class Merging:
@@ -80,8 +78,8 @@ class MergingAdamW(torch.optim.Optimizer):
     State of a parameter: `step`, `exp_avg`, `exp_avg_sq` as AdamW's; `master` of a parameter that isn't float32;
     `before`, its weights after the last merge, where steps gather; `low`, see the module, in the order of its kept
     places, or of all where they are drawn anew. (Where a parameter is sharded, the first kind is in no checkpoint,
-    since its length is the shard's own: a run that goes on begins it at 0.) Groups count their `steps`. Tau and its
-    mask are in no checkpoint: they are the same again.
+    since its length is the shard's own: a run that goes on begins it at 0.) Groups count their `steps` and `merges`, and
+    at which step the last one was (`merged`). Tau and its mask are in no checkpoint: they are the same again.
 
     Args:
         named: the parameters with their names; groups as for any optimizer are made of them.
@@ -106,7 +104,8 @@ class MergingAdamW(torch.optim.Optimizer):
     ) -> None:
         self.merging, self._tau = merging, tau
         self._parts: list[Part] = []
-        super().__init__(named, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
+        counts = {"steps": 0, "merges": 0, "merged": 0}
+        super().__init__(named, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | counts)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -115,30 +114,45 @@ class MergingAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        merging = self.merging
         for group in self.param_groups:
             group["steps"] += 1
-        merging = self.merging
+            if merging.method != "none" and group["lr"] > 0 and group["steps"] % merging.every == 0:
+                _count_merge(group)
         for part in self._all_parts():
             part.begin(self.state)
             group = part.group
-            merges = merging.method != "none" and group["lr"] > 0
+            merges = group["merged"] == group["steps"]
             if merges and merging.every == 1:
                 self._merge_step(part)
             else:
                 self._adamw(part, part.weights(), group["lr"], group["weight_decay"])
-                if merges and group["steps"] % merging.every == 0:
+                if merges:
                     self._merge_gathered(part)
             part.round_to_model()
         return loss
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Merges what has gathered since the last merge; for the end of a training that `every` doesn't divide."""
-        for part in self._all_parts():
-            part.begin(self.state)
-            if self.merging.method != "none" and part.group["steps"] % self.merging.every:
+        """Merges what has gathered since the last merge, if anything has.
+
+        For the end of a training that `every` doesn't divide, and wherever its weights are judged or used.
+        """
+        if self.merging.method == "none" or self.merging.every == 1:
+            return
+        left = [group for group in self.param_groups if group["merged"] < group["steps"]]
+        for group in left:
+            _count_merge(group)
+        for part in self._all_parts() if left else []:
+            if any(part.group is group for group in left):
+                part.begin(self.state)
                 self._merge_gathered(part)
                 part.round_to_model()
+
+    @property
+    def merges(self) -> int:
+        """How often tau was added; what was undone by loading an earlier state doesn't count."""
+        return max(int(group["merges"]) for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; only that float32 state of bf16 parameters stays float32."""
@@ -156,10 +170,8 @@ class MergingAdamW(torch.optim.Optimizer):
     def _merge_step(self, part: Part) -> None:
         """Decay, then the merged step, on the weights."""
         weights, group = part.weights(), part.group
-        if len(part.moving()) < len(part.parameters):
-            part.buffer.zero_()  # AdamW passes by where there is no gradient
-        lr = group["lr"] * (1 - self.merging.alpha)
-        self._adamw(part, part.views, lr, 1 / lr)  # a decay of 1 / lr takes what lay in the buffer before
+        part.buffer.zero_()  # a decay of 1 / lr would do it in passing, but leave a NaN, and for good
+        self._adamw(part, part.views, group["lr"] * (1 - self.merging.alpha), 0.0)
         if group["weight_decay"]:
             torch._foreach_mul_([weights[number] for number in part.moving()], 1 - group["lr"] * group["weight_decay"])
         self._merge(part, weights)
@@ -214,7 +226,7 @@ class MergingAdamW(torch.optim.Optimizer):
                 before += len(names)
                 named: list[tuple[str, Tensor]] = []
                 for name, parameter in zip(names, group["params"], strict=True):
-                    if named and sum(p.numel() for _, p in named) + parameter.numel() > AT_ONCE:
+                    if named and sum(p.numel() for _, p in named) + parameter.numel() > MERGED_AT_ONCE:
                         self._parts.append(Part(named, number, group, self.merging))
                         named = []
                     named.append((name, parameter))
@@ -227,3 +239,9 @@ class MergingAdamW(torch.optim.Optimizer):
                 if self.merging.method != "none" and self.merging.alpha:
                     part.read_tau(self._tau)
         return self._parts
+
+
+def _count_merge(group: dict[str, Any]) -> None:
+    """The merge after the step that the group is at."""
+    group["merges"] += 1
+    group["merged"] = group["steps"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from align.core.errors import ModelError
-from align.train.shards import Layout, Quantiles, Shard, positions
+from align.train.shards import Layout, Quantiles, Shard, largest, positions
+from align.train.tau import plain_name
 
 if TYPE_CHECKING:
     from align.train.merging import Merging
@@ -35,7 +36,14 @@ class Part:
         self, named: Sequence[tuple[str, Tensor]], number: int, group: dict[str, Any], merging: Merging
     ) -> None:
         self.merging = merging
-        self.names, self.parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self.names = [plain_name(name) for name, _ in named]  # masks are by name, and don't depend on wrappers
+        self.parameters = [parameter for _, parameter in named]
+        for name, parameter in named:
+            if not local(parameter).is_contiguous():
+                raise ModelError(
+                    f"merging: {name}'s numbers don't lie one behind the other (a transposed view?); give it "
+                    "contiguous, or set merging to none"
+                )
         self.number, self.group, self.device = number, group, local(self.parameters[0]).device
         self.layout = Layout([Shard.of(parameter) for parameter in self.parameters], self.device)
         self.sizes = [shard.size for shard in self.layout.shards]
@@ -87,7 +95,7 @@ class Part:
             torch._foreach_copy_([local(model) for model, _ in pairs], [local(master) for _, master in pairs])
 
     def use(self, shared: Tensor) -> None:
-        """Takes its buffer off a longer one that all parts share: what lies in it is finite, and has no meaning."""
+        """Takes its buffer off a longer one that all parts share: what lies in it has no meaning."""
         self.buffer = shared[: self.layout.size]
         pieces = self.buffer.split_with_sizes(self.sizes) if len(self.buffer) else []
         self.views = [piece.view(local(p).shape) for piece, p in zip(pieces, self.parameters, strict=False)]
@@ -135,6 +143,7 @@ class Part:
         if tau is None:
             raise ModelError("merging: there is no tau; give base and SFT, or set alpha to 0")
         flat = self.buffer
+        trims = self.quantiles is not None
         for name, shard, piece in zip(self.names, self.layout.shards, flat.split_with_sizes(self.sizes), strict=True):
             whole = tau(name)
             if whole.numel() != shard.whole:
@@ -142,6 +151,9 @@ class Part:
                     f"{name}: base and SFT have {whole.numel()} numbers there, the policy has {shard.whole}; "
                     "give the models that the policy was made from"
                 )
+            if trims:
+                stays = largest(whole.reshape(-1).abs(), self.merging.keep, f"{self.merging.seed}/{name}/ties")
+                whole = torch.zeros(whole.numel()).index_copy_(0, stays, whole.reshape(-1)[stays].float().cpu())
             piece.copy_(shard.cut(whole))
         if self.redraws:
             self.tau = flat.clone()
@@ -149,7 +161,6 @@ class Part:
             self.kept = self.draw("tau")
             self.tau = (flat[self.kept] / self.merging.keep).clamp_(-1, 1)
         else:
-            self.trim()
             self.kept = flat.nonzero()[:, 0]
             self.tau = flat[self.kept]
 

@@ -11,7 +11,7 @@ One optimizer and one schedule over all episodes. The reference is the start for
 each episode's own (`reference_at`). n = 8 is Qwen2.5's (arXiv:2412.15115), temperature 1 RLHFlow's (arXiv:2405.07863),
 best against worst the report's, samples of one episode before (`asynchronous`) Asynchronous RLHF's (arXiv:2410.18252);
 beta 0.1 and learning rate 5e-7 are ours. Where to read on: episodes.py and scoring.py make the pairs, online_trainer.py
-trains on them, guards.py looks, stale.py samples ahead, replay.py trains again without sampling.
+trains on them, probe.py and guards.py look, stale.py samples ahead, replay.py trains again without sampling.
 Differs from the paper: verifiers beside the reward model, guards, an NLL term. The optimizer is AdamW where `merging`
 doesn't say otherwise; the report's is the Online Merging Optimizer (merging.py).
 """
@@ -38,10 +38,10 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
 
     from align.train import adapters, models, samplers
     from align.train.episodes import Prompts
-    from align.train.guards import check_guards, second_scorer
     from align.train.online_start import start_of
     from align.train.online_trainer import OnlineDPO
     from align.train.preference import dpo_arguments
+    from align.train.probe import check_guards, check_probe, second_scorer
     from align.train.scoring import judge_of
     from align.train.share import Share
     from align.train.stale import Ahead, Work
@@ -60,6 +60,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     rank, world = arguments.process_index, arguments.world_size
     check_asynchronous(config, tools, world)
     prompts = Prompts(table, config, tools.seed)
+    check_probe(config, prompts.of_probe(), table.name)
     judge = judge_of(config, tools, "reward_model" in inputs)
     sampler = samplers.given(config, tools, policy, tokenizer, world)
     # With adapters the reference is the policy without them; else it is a second model.
@@ -96,7 +97,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     models.save_policy(online, tokenizer, tools.out / "model", config, policy)
     about = adapters.lineage(policy, config) | {"reference": reference.name, "loss_over": LOSS_OVER}
     found = summary(online)
-    about |= merging_figures(config, online.step, found.get("warnings", ())) | {"start": start.figures()}
+    about |= merging_figures(config, online.merges, found.get("warnings", ())) | {"start": start.figures()}
     return Result(summary=found | about)
 
 

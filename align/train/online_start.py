@@ -12,7 +12,7 @@ from align.core.start import Batch, Start
 from align.train.episode_file import pairs_of
 from align.train.episodes import Prompts
 from align.train.online_settings import Config
-from align.train.tau import drift_warnings, optimizer_words
+from align.train.tau import drift_warnings, merging_bytes, optimizer_words
 from align.train.trainer import learning_rates
 
 _SCORERS = {
@@ -121,5 +121,6 @@ def _shared(
             precision=online.precision,
             checkpointing=arguments.gradient_checkpointing,
             reference=frozen,
+            merging=merging_bytes(config),
         ),
     }

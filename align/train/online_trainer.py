@@ -22,9 +22,10 @@ from align.core.stage import Tools
 from align.train.border import Borders, load_weights
 from align.train.data import batch_order
 from align.train.episode_file import pairs_of, read_rows, record_of, set_reference, write_rows
-from align.train.guards import Probe, check_gap, end_of_run, look, objections
+from align.train.guards import end_of_run, objections
 from align.train.online_settings import Config
 from align.train.preference import DPO
+from align.train.probe import Probe, check_gap, look
 from align.train.samplers import Live, Sampler
 from align.train.scoring import Scorer
 from align.train.settings import Speed
@@ -195,6 +196,7 @@ class OnlineDPO(DPO):
 
     def _close_episode(self) -> None:
         """Looks at the policy; keeps the episode or rolls it back; writes the border."""
+        self.merge_the_rest()  # what is judged, kept and sampled from
         if self.step > self.began_at:
             self._keep_state()
         self.record["seconds"]["steps"] = time.monotonic() - self.opened
@@ -239,7 +241,7 @@ class OnlineDPO(DPO):
         return found
 
     def _look(self) -> Probe:
-        """See `guards.look`; a sampler that disagrees with the trainer stops the run."""
+        """See `align.train.probe.look`; a sampler that disagrees with the trainer stops the run."""
         rows, scorer, seed = self.share.prompts.of_probe(), self.share.scorer, self.tools.seed
         with self._sampling():
             probe = look(self.engine, self, self.reference, rows, scorer, self.settings, seed, self.second)

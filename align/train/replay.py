@@ -111,7 +111,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
     replayed.train()
     models.save_policy(replayed, tokenizer, tools.out / "model", settings, policy)
     about = adapters.lineage(policy, settings) | {"reference": reference.name, "loss_over": LOSS_OVER}
-    about |= merging_figures(settings, replayed.step) | {"start": start.figures()}
+    about |= merging_figures(settings, replayed.merges) | {"start": start.figures()}
     about |= replayed.summary() | {
         "pairs": sum(record["pairs"] for record in replayed.records),
         "chosen_logp_change": replayed.chosen_change(),

@@ -99,6 +99,13 @@ class TrainSettings(StageConfig):
                     f"{deaf[0]} has no effect without merging; set merging to ondare or onties, or leave it"
                 )
             return self
+        if not self.merging_alpha and self.merging_warn_drift != TrainSettings.model_fields["merging_warn_drift"].default:
+            raise ValueError("merging_warn_drift has no effect with merging_alpha 0, which adds nothing; leave it")
+        if not self.merging_alpha and self.merging == "onties" and self.merging_as_in == "paper":
+            raise ValueError(
+                "merging_as_in: paper has no effect with merging_alpha 0: OnTIES's variants differ in signs alone, and "
+                "there is nothing to conflict with; leave it"
+            )
         if self.quantization != "none":
             raise ValueError(
                 f"merging: {self.merging} moves the weights themselves, and quantization: {self.quantization} keeps "

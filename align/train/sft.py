@@ -81,7 +81,7 @@ def run(config: Config, inputs: Mapping[str, Table | ModelRef], tools: Tools) ->
         summary=sft.summary()
         | dict(counts)
         | adapters.lineage(base, config)
-        | merging_figures(config, sft.step)
+        | merging_figures(config, sft.merges)
         | {"loss_over": "supervised tokens of the global batch, all processes", "start": start.figures()}
     )
 

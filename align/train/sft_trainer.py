@@ -16,6 +16,7 @@ from align.core.segments import can_be_flat, model_inputs
 from align.core.stage import Tools
 from align.train.batches import AT_ONCE
 from align.train.settings import Speed, TrainSettings
+from align.train.tau import merging_bytes
 from align.train.trainer import OurTrainer, token_mask, training_arguments
 
 
@@ -108,6 +109,7 @@ class SFT(OurTrainer, SFTTrainer):  # type: ignore[misc]
             quantization=settings.quantization,
             precision=speed.precision,
             checkpointing=speed.gradient_checkpointing,
+            merging=merging_bytes(settings),
         )
 
     def fitting(self, speed: Speed) -> int:

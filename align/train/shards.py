@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,25 @@ def positions(key: str, size: int, keep: float, device: Any) -> Tensor:
     return found[1 : int(torch.searchsorted(found, size))]
 
 
+def largest(magnitudes: Tensor, keep: float, key: str) -> Tensor:
+    """Places of the share `keep` of largest magnitude, at least one; of equal ones those that a text's numbers draw.
+
+    Exact, unlike `Quantiles`, and slower: for what is asked once. Differences of bf16 weights are a few numbers only,
+    so that many are equal.
+
+    Args:
+        magnitudes: flat.
+        keep: the share.
+        key: see `generator`.
+    """
+    most = max(1, round(keep * len(magnitudes)))
+    values = magnitudes.float().cpu()
+    least = float(np.partition(values.numpy(), len(values) - most)[len(values) - most])
+    above, equal = (values > least).nonzero()[:, 0], (values == least).nonzero()[:, 0]
+    order = torch.randperm(len(equal), generator=generator(key, "cpu"))
+    return torch.cat([above, equal[order[: most - len(above)]]])
+
+
 class Quantiles:
     """The magnitude that a share of each parameter's numbers reaches, over all its shards.
 
@@ -155,7 +175,8 @@ class Quantiles:
         if self.group is not None:
             whole = sample.new_zeros(len(self.here))
             whole[self.here] = sample
-            torch.distributed.all_reduce(whole, group=self.group)  # each place has one owner: the others add 0
+            # The others have 0 there; of a parameter that isn't cut all have the same.
+            torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MAX, group=self.group)
             sample = whole
         found = sample.new_empty(sum(len(members) for members, _ in self.blocks))
         start = 0

@@ -5,7 +5,9 @@ Never from live weights: a run that goes on after a kill would take what it has 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ def tau_of(settings: TrainSettings, inputs: Mapping[str, Table | ModelRef], star
     return Tau(base, sft)
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it (checkpointing of activations, torch.compile)."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 class Tau:
     """theta_SFT - theta_base of a parameter by its name, a tensor at a time from the files.
 
@@ -70,12 +77,13 @@ class Tau:
         """Opens both, and holds the names and shapes of what will be trained against them.
 
         Raises:
-            ModelError: they differ.
+            ModelError: they differ; or the weights of both are the same.
         """
         tops = [model.get_input_embeddings(), model.get_output_embeddings()]
         names = [f"{name}.weight" for top in tops for name, module in model.named_modules() if module is top]
+        names = [plain_name(name) for name in names]
         self._tied = {one: other for one in names for other in names if one != other}
-        wanted = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        wanted = {plain_name(name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         for role, ref in (("base", self.base), ("sft", self.sft)):
             weights = Weights(ref, wanted, self._tied)
             self._weights[role] = weights
@@ -87,6 +95,12 @@ class Tau:
                         f"{role} {ref.name}: {name} is {what} there, and {' × '.join(map(str, shape))} in the model "
                         f"that is trained; give as {role} a model of the same architecture and vocabulary"
                     )
+        base, sft = self._weights["base"], self._weights["sft"]
+        if all(bool((sft.read(name) == base.read(name)).all()) for name in wanted):  # most differ in the first few
+            raise ModelError(
+                f"base {self.base.name} and sft {self.sft.name} have the same weights, so SFT has changed nothing to "
+                "steer by; give the model that SFT started from as base"
+            )
 
     def __call__(self, name: str) -> Any:
         """Float32, on the CPU; each is asked for once."""
@@ -98,11 +112,11 @@ class Weights:
 
     Args:
         model: a folder or a Hub id.
-        wanted: names that must be there for its files to be read as they are.
+        wanted: names that must be there for its files to be read as they are; each is taken once.
         tied: other names that a weight may have.
     """
 
-    def __init__(self, model: ModelRef, wanted: Iterable[str], tied: Mapping[str, str]) -> None:
+    def __init__(self, model: ModelRef, wanted: Collection[str], tied: Mapping[str, str]) -> None:
         from align.train.adapters import adapter_of
 
         self.model, self.tied = model, tied
@@ -113,18 +127,28 @@ class Weights:
             self._read_headers()
         if not all(self._name(name) in self._files for name in wanted):
             self._load()
+        self._left = Counter(self._name(name) for name in wanted)  # tied ones twice, where the other model's aren't
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where there is no such weight."""
         return self._shapes.get(self._name(name))
 
     def take(self, name: str) -> Any:
-        """Float32, on the CPU. What was loaded whole is forgotten as it is taken."""
+        """Float32, on the CPU. What was loaded whole is forgotten as it is taken for the last time."""
+        name = self._name(name)
+        self._left[name] -= 1
+        found = self.read(name)
+        if self._whole is not None and not self._left[name]:
+            del self._whole[name]
+        return found
+
+    def read(self, name: str) -> Any:
+        """Float32, on the CPU."""
         from safetensors import safe_open
 
         name = self._name(name)
         if self._whole is not None:
-            return self._whole.pop(name).float()
+            return self._whole[name].float()
         with safe_open(self._files[name], "pt") as file:
             return file.get_tensor(name).float()
 
@@ -176,33 +200,60 @@ def optimizer_words(settings: TrainSettings) -> str:
     )
 
 
-def drift(settings: TrainSettings, steps: int) -> float:
-    """The share of tau that so many steps add to a weight that F(tau) reaches: alpha × merges.
+def merging_bytes(settings: TrainSettings) -> float | None:
+    """Bytes a trained parameter that it holds beyond AdamW's moments and its buffer; None where nothing merges.
+
+    24 at each place where F(tau) is not 0: the place twice, tau, and the remainder; OnDARE as in the paper has tau and
+    the remainder of all places. Every K steps the weights after the last merge too.
+    """
+    if settings.merging == "none":
+        return None
+    kept = 24 * settings.merging_keep if settings.merging_alpha else 0.0
+    if kept and settings.merging == "ondare" and settings.merging_as_in == "paper":
+        kept = 8.0
+    return kept + (4.0 if settings.merging_every > 1 else 0.0)
+
+
+def drift(settings: TrainSettings, merges: int) -> float:
+    """The share of tau that so many merges add to a weight that F(tau) reaches: alpha × merges.
 
     It is not tied to the learning rate, so it goes on where the schedule has come to its end. OnDARE's code divides tau
     by keep: there it is so much more, on that share of the weights, and this is their mean.
     """
-    return 0.0 if settings.merging == "none" else settings.merging_alpha * -(-steps // settings.merging_every)
+    return 0.0 if settings.merging == "none" else settings.merging_alpha * merges
 
 
 def drift_warnings(settings: TrainSettings, steps: int) -> list[str]:
-    """What a person should know of so many steps."""
-    share = drift(settings, steps)
+    """What a person should know before so many steps."""
+    return _warnings_of(settings, -(-steps // settings.merging_every))
+
+
+def _warnings_of(settings: TrainSettings, merges: int) -> list[str]:
+    share = drift(settings, merges)
     if share <= settings.merging_warn_drift:  # 0 without merging
         return []
-    most = settings.merging_warn_drift / (share / settings.merging_alpha)
+    most = settings.merging_warn_drift / merges
+    told = float(f"{most:.1g}")
+    if drift(settings.model_copy(update={"merging_alpha": told}), merges) > settings.merging_warn_drift:
+        told -= 10.0 ** math.floor(math.log10(most))  # it was rounded up
     return [
-        f"merging_alpha {settings.merging_alpha:g} adds {share:.2g} of tau to the weights over {steps:,} steps, more "
+        f"merging_alpha {settings.merging_alpha:g} adds {share:.2g} of tau to the weights in {merges:,} merges, more "
         f"than merging_warn_drift {settings.merging_warn_drift:g}: the model is moved on from SFT whatever the data "
-        f"say; lower it to {most:.1g}, or merge less often (merging_every)"
+        f"say; lower it to {told:.1g}, or merge less often (merging_every)"
     ]
 
 
-def merging_figures(settings: TrainSettings, steps: int, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    """For a step's summary: which optimizer it was, how much of tau it has added, and all warnings, with others."""
+def merging_figures(settings: TrainSettings, merges: int, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """For a step's summary: which optimizer it was, how much of tau it has added, and all warnings, with others.
+
+    Args:
+        settings: of the stage.
+        merges: that the written weights hold.
+        warnings: others.
+    """
     found: dict[str, Any] = {"optimizer": optimizer_words(settings)}
     if settings.merging != "none":
-        found["merging_drift"] = drift(settings, steps)
-    if told := [*warnings, *drift_warnings(settings, steps)]:
+        found["merging_drift"] = drift(settings, merges)
+    if told := [*warnings, *_warnings_of(settings, merges)]:
         found["warnings"] = told
     return found

@@ -117,6 +117,7 @@ class OurTrainer:
     add_callback: Any
     get_decay_parameter_names: Any
     is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
     remove_callback: Any
     train: Any
     announces = True
@@ -149,6 +150,7 @@ class OurTrainer:
         self.add_callback(Marks(self))
         self.own_head = score_labelled_only(self.model)
         self.tau: Tau | None = None
+        self.merging: Any = None  # the Online Merging Optimizer
         if self.args.use_cpu:
             keep_freed_memory()
 
@@ -158,6 +160,12 @@ class OurTrainer:
             raise RecipeError(
                 f"merging: {self.settings.merging} needs parameters as they are, and DeepSpeed lays them in one; start "
                 "without it, with FSDP2 where one process has not the memory"
+            )
+        sharding = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.settings.merging != "none" and sharding is not None and sharding.fsdp_version == 1:
+            raise RecipeError(
+                f"merging: {self.settings.merging} needs parameters as they are, and the first FSDP lays them in one; "
+                "set fsdp_version to 2"
             )
         if tau is not None:
             tau.check(self.model)
@@ -227,7 +235,7 @@ class OurTrainer:
             {"params": [each for each in named if each[0] in decays], "weight_decay": settings.weight_decay},
             {"params": [each for each in named if each[0] not in decays], "weight_decay": 0.0},
         ]
-        self.optimizer = MergingAdamW(
+        self.optimizer = self.merging = MergingAdamW(
             [group for group in groups if group["params"]],
             Merging(
                 method=settings.merging,
@@ -245,6 +253,16 @@ class OurTrainer:
         if settings.merging_every > 1:
             self.add_callback(MergesTheRest(self.optimizer))
         return self.optimizer
+
+    def merge_the_rest(self) -> None:
+        """Merges what steps have gathered, where the Online Merging Optimizer merges every few of them."""
+        if self.merging is not None:
+            self.merging.finish()
+
+    @property
+    def merges(self) -> int:
+        """How often the Online Merging Optimizer has merged; what was undone doesn't count."""
+        return 0 if self.merging is None else self.merging.merges
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Ours, for its floor: the report's 7e-6 falls to 7e-7."""

@@ -4,23 +4,29 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align.core.errors import DataError, ModelError
+from align.core.engines.base import Completion
+from align.core.errors import DataError, EngineError, ModelError
 from align.core.records import Kind
 from align.core.store import ModelRef, Table
-from align.train.guards import Probe, end_of_run, objections, standard_errors
+from align.train.guards import end_of_run, objections, standard_errors
 from align.train.online_dpo import STAGE
 from align.train.online_settings import Config
+from align.train.probe import Probe, check_probe, look
+from align.train.scoring import Scorer
 from align.train.sft import STAGE as SFT
 from reward.loading import template_hash
 from reward.model import Card
+from reward.verifiers import Verifiers
 from tests.train import steps
 from tests.train.tiny import make_tokenizer, save_model
 
@@ -198,6 +204,62 @@ def test_guards_that_nothing_was_given_for_are_refused_before_a_model_is_loaded(
     ):
         with pytest.raises((ModelError, DataError), match=problem):
             steps.run(STAGE, tmp_path, inputs, ONLINE | settings)
+
+
+class Failing:
+    """Answers by HELP, but for so many greedy answers that fail."""
+
+    def __init__(self, failing: int) -> None:
+        self.failing, self.asked = failing, []  # type: ignore[var-annotated]
+
+    def sample(self, prompts: list[list[int]], n: int, params: Any, first: int = 0) -> Any:
+        self.asked.append(params)
+        for number in range(len(prompts)):
+            for index in range(n):
+                fails = params.temperature == 0 and number < self.failing
+                failed = Completion("", (), "error", None, "status 503")
+                yield number, index, failed if fails else Completion(HELP, (5, 6), "stop", (-1.0, -1.0))
+
+
+def a_look(engine: Failing) -> Probe:
+    tokenizer = make_tokenizer()
+    trainer = SimpleNamespace(
+        processing_class=tokenizer,
+        policy_logps=lambda pairs: np.full((len(pairs), 2), -2.0),
+        reference_logps=lambda pairs, reference: np.full((len(pairs), 2), -3.0),
+    )
+    config = Config(scorer="verifier", temperature=0.7, top_p=0.9)
+    with Verifiers() as verifiers:
+        scorer = Scorer(config, verifiers, None, tokenizer)
+        return look(engine, trainer, None, requests(20), scorer, config, 1)
+
+
+def test_an_engine_that_fails_is_no_policy_that_fails() -> None:
+    """20 prompts, the benign ones all helped with and the harmful ones too: of 60 answers 6 may be errors.
+
+    The first two greedy answers are errors, one to each kind: nothing is known of them. KL is -2 - (-3) = 1 nat.
+    """
+    engine = Failing(2)
+    found = a_look(engine)
+    assert found.marks["score"][:4] == [None, None, 100.0, 0.0]
+    assert found.marks["benign"][:4] == [None, None, 100.0, None]
+    assert found.marks["harmful"][:4] == [None, None, None, 0.0]
+    assert (found.kl, found.gap, found.length) == (1.0, 0.0, 2.0)
+    assert [(params.temperature, params.top_p) for params in engine.asked] == [(0.0, 0.9), (1.0, 1.0)]
+    with pytest.raises(EngineError, match=r"7 of 60 answers to held-out prompts are errors .*status 503"):
+        a_look(Failing(7))
+
+
+def test_guards_that_would_see_nothing_are_refused() -> None:
+    with pytest.raises(DataError, match="nothing for the guards to look at"):
+        check_probe(Config(), [], "mine")
+    rows = [row | {"task": None, "topic": "bread"} for row in requests(3)]
+    check_probe(Config(), rows, "mine")
+    check_probe(Config(probe_prompts=0), [], "mine")
+    with pytest.raises(DataError, match=r"mine: kind is set, and of the 3 prompts .* the column 'topic'"):
+        check_probe(Config(kind="topic"), rows, "mine")
+    with pytest.raises(DataError, match="max_kind_drop is set"):
+        check_probe(Config(max_kind_drop=3.0), rows, "mine")
 
 
 def probe(length: float = 20.0, kl: float = 0.0, **rights: int) -> Probe:
