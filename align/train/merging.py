@@ -51,6 +51,7 @@ from torch.optim.adamw import adamw
 from align.core.memory import MERGED_AT_ONCE
 from align.train.merging_parts import Part, gradient, local
 
+
 @dataclass(frozen=True, slots=True)
 class Merging:
     """How a step is merged.
@@ -78,8 +79,8 @@ class MergingAdamW(torch.optim.Optimizer):
     State of a parameter: `step`, `exp_avg`, `exp_avg_sq` as AdamW's; `master` of a parameter that isn't float32;
     `before`, its weights after the last merge, where steps gather; `low`, see the module, in the order of its kept
     places, or of all where they are drawn anew. (Where a parameter is sharded, the first kind is in no checkpoint,
-    since its length is the shard's own: a run that goes on begins it at 0.) Groups count their `steps` and `merges`, and
-    at which step the last one was (`merged`). Tau and its mask are in no checkpoint: they are the same again.
+    since its length is the shard's own: a run that goes on begins it at 0.) Groups count their `steps` and `merges`,
+    and have the step of the last one (`merged`). Tau and its mask are in no checkpoint: they are the same again.
 
     Args:
         named: the parameters with their names; groups as for any optimizer are made of them.

@@ -70,6 +70,8 @@ def test_weights_gradients_and_moments_are_counted_one_by_one() -> None:
     assert (low["weights"], low["reference"]) == (2 * 78_400 + 4 * 4096, 2 * 78_400)
     quantized = memory_needed(tied, 100, 10, lora_rank=2, precision="bf16", quantization="nf4")
     assert quantized["weights"] == int(0.52 * 2 * 36_864) + 2 * (78_400 - 2 * 36_864) + 4 * 4096
+    merging = memory_needed(tied, 100, 10, merging=0.24)  # the buffer is not larger than what is merged
+    assert merging["optimizer"] == 8 * 78_400 + int(0.24 * 78_400) + 4 * 78_400
     assert memory_needed(tied, 100, 2**22)["logits"] == 4 * 4 * 2**26, "the head goes through more logits in parts"
     assert memory_needed(tied, 100, 0)["logits"] == 0
 
