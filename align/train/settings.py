@@ -99,10 +99,8 @@ class TrainSettings(StageConfig):
                     f"{deaf[0]} has no effect without merging; set merging to ondare or onties, or leave it"
                 )
             return self
-        if (
-            not self.merging_alpha
-            and self.merging_warn_drift != TrainSettings.model_fields["merging_warn_drift"].default
-        ):
+        usual = TrainSettings.model_fields["merging_warn_drift"].default
+        if not self.merging_alpha and self.merging_warn_drift != usual:
             raise ValueError("merging_warn_drift has no effect with merging_alpha 0, which adds nothing; leave it")
         if not self.merging_alpha and self.merging == "onties" and self.merging_as_in == "paper":
             raise ValueError(
