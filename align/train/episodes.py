@@ -136,7 +136,8 @@ def _row_of(group: Group, scorer: Scorer, config: Config, seed: int, episode: in
             f"{config.max_length}; raise it, lower max_tokens, or drop such pairs with too_long=drop"
         )
     said = group.verdicts.get("verifier")
-    details = [[verdict.detail for verdict in verdicts] for verdicts in group.verdicts.values()]
+    told = [[verdict.detail for verdict in verdicts] for verdicts in group.verdicts.values()]
+    told.append([c.error for c in group.completions])
     return {
         "episode": episode,
         "prompt_id": group.row["prompt_id"],
@@ -146,7 +147,7 @@ def _row_of(group: Group, scorer: Scorer, config: Config, seed: int, episode: in
         "finish_reasons": [c.finish_reason for c in group.completions],
         "sampler_logps": [None if c.logprobs is None else sum(c.logprobs) for c in group.completions],
         "verdicts": [None] * len(ids) if said is None else [verdict.verdict for verdict in said],
-        "details": ["; ".join(filter(None, each)) for each in zip(*details, strict=True)] or [""] * len(ids),
+        "details": ["; ".join(filter(None, each)) for each in zip(*told, strict=True)],
         "scores": [
             {part: group.scores[part][place] for part in PARTS if part in group.scores} for place in range(len(ids))
         ],

@@ -70,13 +70,13 @@ class Share:
         Raises:
             EngineError: more completions than `max_error_share` are errors.
         """
-        reasons = [reason for row in rows for reason in row["finish_reasons"]]
-        errors = reasons.count("error")
-        if errors > self.config.max_error_share * len(reasons):
+        every = [one for row in rows for one in zip(row["finish_reasons"], row["details"], strict=True)]
+        errors = [detail for reason, detail in every if reason == "error"]
+        if len(errors) > self.config.max_error_share * len(every):
             raise EngineError(
-                f"{errors} of {len(reasons)} completions of the episode could not be sampled, more than "
-                f"max_error_share = {self.config.max_error_share:g}; mend the engine and run the same command again: "
-                "what was sampled is kept"
+                f"{len(errors)} of {len(every)} completions of the episode could not be sampled, more than "
+                f"max_error_share = {self.config.max_error_share:g}; the last: {errors[-1]}; mend the engine and run "
+                "the same command again: what was sampled is kept"
             )
 
     def in_order(self, rows: Sequence[Mapping[str, Any]], episode: int) -> list[dict[str, Any]]:

@@ -316,8 +316,9 @@ def test_rows_that_processes_shared_otherwise_are_refused(inputs: dict[str, Tabl
     assert len(share.in_order(rows, 0)) == len(rows)
     with pytest.raises(RunError, match="shared them otherwise than now"):
         share.in_order(rows[1:], 0)
-    with pytest.raises(EngineError, match="2 of 10 completions of the episode could not be sampled"):
-        share._check_errors([{"finish_reasons": ["stop"] * 8 + ["error"] * 2}])
+    lost = {"finish_reasons": ["stop"] * 8 + ["error"] * 2, "details": [""] * 9 + ["not sampled; status 503"]}
+    with pytest.raises(EngineError, match=r"2 of 10 completions .* could not be sampled.*the last: .*status 503"):
+        share._check_errors([lost])
 
 
 def test_a_replay_undoes_what_was_undone(inputs: dict[str, Table | ModelRef], whole: Path, tmp_path: Path) -> None:

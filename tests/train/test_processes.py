@@ -74,7 +74,9 @@ def test_online_dpo_samples_pairs_and_trains_as_one_process_does(runs: Path) -> 
         one, two = (pq.read_table(runs / f"{run}-online" / file).to_pylist() for run in ("one", "two"))
         assert any(row["outcome"] == "paired" for row in one)
         for a, b in zip(one, two, strict=True):
-            for side in ("chosen", "rejected"):
-                assert b.pop(f"ref_{side}_logps") == pytest.approx(a.pop(f"ref_{side}_logps"), abs=1e-3)
+            for first, second in zip(a["pairs"], b["pairs"], strict=True):
+                for side in ("ref_chosen_logps", "ref_rejected_logps"):
+                    assert second.pop(side) == pytest.approx(first.pop(side), abs=1e-3)
+            assert b.pop("sampler_logps") == pytest.approx(a.pop("sampler_logps"), abs=1e-3)
             assert b == a
     assert_same_weights(runs, "online", 1e-5)

@@ -38,7 +38,7 @@ FEW = QUICK | {"episodes": 1, "prompts_per_episode": 6, "samples_per_prompt": 4,
 
 
 def served(at: WeightsServer, **more: Any) -> OpenAIEngine:
-    settings = {"model": "policy", "base_url": at.url, "server": "vllm", "max_retries": 0, **more}
+    settings = {"model": "policy", "base_url": at.url, "server": "vllm", "max_retries": 4, **more}
     return OpenAIEngine(OpenAISettings.model_validate_json(json.dumps(settings)), first_wait_s=0.01)
 
 

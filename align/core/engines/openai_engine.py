@@ -51,7 +51,6 @@ class OpenAIEngine:
 
     Attributes:
         settings: as given.
-        key: what is sent as the key; empty where there is none.
 
     Raises:
         EngineError: the client isn't installed, or the key that was named isn't there.
@@ -66,9 +65,8 @@ class OpenAIEngine:
                 "pip install 'align-toolkit[openai]'"
             ) from problem
         self.settings = settings
-        self.key = _key(settings)
         self._generator = generator or settings.model
-        self._traffic = Traffic(settings, self.key, first_wait_s)
+        self._traffic = Traffic(settings, _key(settings), first_wait_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -83,6 +81,11 @@ class OpenAIEngine:
         """See `Engine`; of the model's name and of what requests hold, for a server's weights can't be seen."""
         seen = self.settings.model_dump(mode="json", exclude=set(OpenAISettings.speed_only))
         return hashlib.blake2b(json.dumps(seen, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @property
+    def key(self) -> str:
+        """What is sent as the key, read anew so that it is kept nowhere; empty where there is none."""
+        return _key(self.settings)
 
     @property
     def gives_token_ids(self) -> bool:
