@@ -170,7 +170,8 @@ class TestTheStagesThemselves:
         """9 prompts, none set aside (a tenth is under one): 2 episodes of 4 prompts, each a step and one more."""
         save_model(folder / "model")
         given = [f"policy={folder / 'model'}", "prompts=rows.jsonl", "device=cpu", "scorer=verifier", "max_tokens=8"]
-        found = doctor("online-dpo", *given, "episodes=2", "prompts_per_episode=4", "global_batch_size=4")
+        episodes = ["episodes=2", "prompts_per_episode=4", "global_batch_size=4", "probe_prompts=0"]
+        found = doctor("online-dpo", *given, *episodes)
         assert found.exit_code == 0, found.stderr
         shown = " ".join(found.stdout.split())  # however it is broken into lines
         assert "2, each of 4 prompts × 8 completions of at most 8 tokens; scored by the verifiers" in shown

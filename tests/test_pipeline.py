@@ -307,7 +307,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_result(tmp_path: Path) 
     killed.mkdir()
     finish(write(whole), whole / "run")
     file, out = write(killed, delay=0.01, step=0.02), killed / "run"
-    kills, wait = 0, 0.4
+    kills, wait = 0, 0.1
     while True:
         process = start(file, out)
         try:
@@ -315,7 +315,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_result(tmp_path: Path) 
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            kills, wait = kills + 1, wait + 0.15
+            kills, wait = kills + 1, wait + 0.1
             continue
         break
     assert kills >= 3 and states(file, out) == []
