@@ -6,17 +6,17 @@ With this seed one draw lies 6e-8 from the border between two tokens, nearer tha
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import align.core.engines.transformers_engine  # noqa: F401 (here and not in every fork)
 from align.core.engines.completion_file import kept_in
 from align.core.manifest import Manifest
 from align.core.store import TINY, Table
-from tests import forked
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -34,13 +34,14 @@ steps:
 """
 
 
-def start(out: Path) -> forked.Forked:
-    return forked.start("run", out.parent / "k.yaml", "--out", out, cwd=ROOT)
+def start(out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "align.cli", "run", str(out.parent / "k.yaml"), "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(out: Path) -> None:
     process = start(out)
-    said = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
 
 
