@@ -163,12 +163,12 @@ def reward_model_of(config: Config, inputs: Mapping[str, Table | ModelRef], spee
     if given is None:
         if "reward_model" in config.scored_by and not (config.scorer == "mix" and judged):
             raise ModelError(
-                f"online-dpo: scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
+                f"scorer is {config.scorer} and no reward_model was given; give one, or set scorer=verifier"
             )
         return None
     if "reward_model" not in config.scored_by:
         raise ModelError(
-            f"online-dpo: reward_model has no effect, since scorer is {config.scorer}; leave it out (or give it as "
+            f"reward_model has no effect, since scorer is {config.scorer}; leave it out (or give it as "
             "second_reward_model, at which the guards look), or set scorer to mix"
         )
     from reward.members import load_judge

@@ -80,17 +80,15 @@ def check_guards(config: Config, inputs: Mapping[str, Table | ModelRef]) -> None
     """
     prompts, second, first = (inputs.get(name) for name in ("prompts", "second_reward_model", "reward_model"))
     if second is None and config.max_second_drop != Config.model_fields["max_second_drop"].default:
-        raise ModelError(
-            "online-dpo: max_second_drop has no effect without the input second_reward_model; give one, or leave it"
-        )
+        raise ModelError("max_second_drop has no effect without the input second_reward_model; give one, or leave it")
     if second is not None and not config.probe_prompts:
         raise ModelError(
-            "online-dpo: second_reward_model is for the guards, and probe_prompts is 0: they don't look; give "
+            "second_reward_model is for the guards, and probe_prompts is 0: they don't look; give "
             "prompts to look at, or leave the model out"
         )
     if isinstance(first, ModelRef) and isinstance(second, ModelRef) and first.fingerprint == second.fingerprint:
         raise ModelError(
-            f"online-dpo: second_reward_model is the reward model itself ({second.name}), and tells nothing new; "
+            f"second_reward_model is the reward model itself ({second.name}), and tells nothing new; "
             "give one of another start, seed or data, or leave it out"
         )
     if isinstance(prompts, Table) and config.kind != "kind" and config.kind not in prompts.columns:
